@@ -1,0 +1,265 @@
+"""The sections of a job's configuration: one dataclass each, torchtitan 0.2's names.
+
+A docstring below a field is its line in `--help`. What a value may be is its type
+(`Literal` for names) and, for numbers, `MINIMUM` and `MAXIMUM`; `JobConfig.validate` checks both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+FLOAT8_CONVERTER = "quantize.linear.float8"
+"""The name in `model.converters` that turns float8 on."""
+
+BUILT_IN_DATASET = "stdlib"
+"""Name of the data set that every machine with Python has."""
+
+DATASETS = (BUILT_IN_DATASET, "text")
+"""Names of the data sets this trainer ships a reader for."""
+
+FETCHED_DATASETS = ("c4", "c4_test", "c4_validation")
+"""torchtitan's data sets, which it downloads; this trainer downloads nothing."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass
+class JobSection:
+    """The run as a whole."""
+
+    config_file: str | None = None
+    """TOML file read before the flags; flags override it."""
+    dump_folder: str = "./outputs"
+    """Folder for everything the run writes; other folder names are relative to it."""
+    description: str = "default job"
+    """One line about the run, kept in its JSON."""
+
+
+@dataclass
+class MetricsSection:
+    """What is reported while training."""
+
+    log_freq: int = 10
+    """Steps between two progress lines."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard event files."""
+    save_tb_folder: str = "tb"
+    """TensorBoard's folder, inside job.dump_folder."""
+
+
+@dataclass
+class ModelSection:
+    """Which model, and what is done to it before sharding."""
+
+    name: Literal["llama3"] = "llama3"
+    """Model architecture."""
+    flavor: str = "debugmodel"
+    """Size: debugmodel, 8B or 70B."""
+    hf_assets_path: str | None = None
+    """Folder whose tokenizer.json is the tokenizer; unset: one token per byte of text."""
+    converters: list[str] = field(default_factory=list)
+    """Conversions of the model, comma-separated: quantize.linear.float8, or nothing."""
+
+
+@dataclass
+class OptimizerSection:
+    """The optimizer and its constants."""
+
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Optimizer class."""
+    lr: float = 8e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients, 0 to 1."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients, 0 to 1."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Fraction of each weight, times the learning rate, taken off per step."""
+
+
+@dataclass
+class LRSchedulerSection:
+    """Learning rate over the steps: warm up, hold, decay to 0."""
+
+    warmup_steps: int = 200
+    """Steps of linear warmup from 0 to the peak."""
+    decay_ratio: float | None = None
+    """Part of all steps spent decaying, 0 to 1; unset: from the end of warmup to the last step."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+
+
+@dataclass
+class TrainingSection:
+    """Data, batch, length of the run, and dtypes."""
+
+    dataset: str = BUILT_IN_DATASET
+    """Data set. stdlib: the source text of Python's standard library, on every machine; text: the
+    files at training.dataset_path. Nothing is downloaded: torchtitan's c4 and c4_test are read from
+    training.dataset_path, and refused when the data is opened if that is not set."""
+    dataset_path: str | None = None
+    """File, or folder of files, .txt or .jsonl, to train on, whatever training.dataset says."""
+    local_batch_size: int = 8
+    """Sequences per rank in one forward."""
+    global_batch_size: int = -1
+    """Sequences per step over all ranks; more than one forward holds is accumulated over several.
+    -1: local_batch_size times the data-parallel ranks."""
+    seq_len: int = 2048
+    """Tokens per sequence."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this total norm when above it."""
+    steps: int = 10000
+    """Optimizer steps in the run."""
+    dtype: Dtype = "float32"
+    """Dtype of parameters, gradients and optimizer state. With bfloat16 there is no float32 copy."""
+    mixed_precision_param: Dtype = "bfloat16"
+    """Dtype in which FSDP gathers parameters and computes."""
+
+    @property
+    def text_path(self) -> Path | None:
+        """File or folder to read; None is the standard library's own source text.
+
+        Raises ValueError if `dataset` names text that is not on this machine and `dataset_path`
+        does not say where it is.
+        """
+        if self.dataset_path is not None:
+            return Path(self.dataset_path)
+        if self.dataset == BUILT_IN_DATASET:
+            return None
+        raise ValueError(
+            f"training.dataset is {self.dataset!r}, which needs training.dataset_path: nothing is "
+            f"downloaded here. Set training.dataset_path to a .txt or .jsonl file or to a folder "
+            f"of them, or training.dataset to {BUILT_IN_DATASET!r} (the built-in text)"
+        )
+
+
+@dataclass
+class ParallelismSection:
+    """How the ranks are arranged."""
+
+    data_parallel_replicate_degree: int = 1
+    """Replicas of the sharded model (HSDP); 1: FSDP alone."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of the parameters (FSDP); -1: all remaining ranks."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after forward and gather them again for backward. default: always."""
+    tensor_parallel_degree: int = 1
+    """Tensor parallelism is not supported: 1."""
+    pipeline_parallel_degree: int = 1
+    """Pipeline parallelism is not supported: 1."""
+    context_parallel_degree: int = 1
+    """Context parallelism is not supported: 1."""
+
+    def shard_degree(self, world_size: int) -> int:
+        """Ranks per copy of the parameters, out of `world_size` ranks.
+
+        Raises ValueError if replicas times shards is not the number of ranks.
+        """
+        replicas, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
+        if shards == -1 and world_size % replicas == 0:
+            return world_size // replicas
+        if shards * replicas == world_size:
+            return shards
+        raise ValueError(
+            f"parallelism.data_parallel_replicate_degree={replicas} and "
+            f"parallelism.data_parallel_shard_degree={shards} do not fit {world_size} ranks: their "
+            f"product must be {world_size}, or the shard degree -1 and the replicate degree a "
+            f"divisor of {world_size}"
+        )
+
+
+@dataclass
+class CheckpointSection:
+    """Saving the run, and resuming from the newest save."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one found."""
+    folder: str = "checkpoint"
+    """Checkpoints' folder, inside job.dump_folder."""
+    interval: int = 500
+    """Steps between two checkpoints."""
+
+
+@dataclass
+class CompileSection:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile what compile.components names."""
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """What to compile, comma-separated: model (block by block), loss."""
+
+
+@dataclass
+class ActivationCheckpointSection:
+    """Activations recomputed in backward instead of kept."""
+
+    mode: Literal["none", "selective", "full"] = "selective"
+    """none: keep all; full: recompute every block; selective: as selective_ac_option says."""
+    selective_ac_option: str = "2"
+    """op: keep the results of matmuls and attention; a number n: recompute every n-th block."""
+
+
+@dataclass
+class Float8LinearSection:
+    """Linear layers in float8; on when model.converters has quantize.linear.float8."""
+
+    enable_fsdp_float8_all_gather: bool | None = None
+    """Gather weights as float8, one byte per element. Unset: on."""
+    precompute_float8_dynamic_scale_for_fsdp: bool | None = None
+    """All scales of a step in one all-reduce, after the optimizer. Unset: on if the gather is."""
+    recipe_name: str = "tensorwise"
+    """Which elements share a scale: tensorwise, rowwise, rowwise_with_gw_hp or blockwise."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers left unconverted, comma-separated parts of their names; auto_filter_small_kn among
+    them leaves layers too small to gain."""
+    emulate: bool = False
+    """Multiply dequantized values also where the hardware has float8."""
+
+    @property
+    def float8_all_gather(self) -> bool:
+        """Whether weights are gathered in float8: `enable_fsdp_float8_all_gather`, unset is on."""
+        return self.enable_fsdp_float8_all_gather is not False
+
+    @property
+    def precompute_scales(self) -> bool:
+        """Whether scales are precomputed: never without the float8 gather; unset is on."""
+        return (
+            self.float8_all_gather and self.precompute_float8_dynamic_scale_for_fsdp is not False
+        )
+
+
+@dataclass
+class QuantizeLinearSection:
+    """Quantization of linear layers."""
+
+    float8: Float8LinearSection = field(default_factory=Float8LinearSection)
+
+
+@dataclass
+class QuantizeSection:
+    """Quantization."""
+
+    linear: QuantizeLinearSection = field(default_factory=QuantizeLinearSection)
+
+
+@dataclass
+class DebugSection:
+    """Reproducibility."""
+
+    seed: int | None = None
+    """Seed of initialisation and shuffling; unset: a fixed one for the data, none for the model."""
+    deterministic: bool = False
+    """Deterministic algorithms only; slower."""
+
+
+@dataclass
+class CommSection:
+    """Collectives."""
+
+    train_timeout_seconds: int = 100
+    """Seconds a collective may take before the job ends."""
