@@ -1,12 +1,23 @@
-"""A job's configuration: `JobConfig`."""
+"""A job's configuration: `JobConfig`, read from a TOML file and the command line."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+import fp8dist.config
 from fp8dist.train.config_sections import (
+    DATASETS,
+    FETCHED_DATASETS,
     FLOAT8_CONVERTER,
     ActivationCheckpointSection,
     CheckpointSection,
@@ -22,6 +33,24 @@ from fp8dist.train.config_sections import (
     QuantizeSection,
     TrainingSection,
 )
+from fp8dist.train.config_values import (
+    LIMITS,
+    convert,
+    did_you_mean,
+    metavar,
+    text,
+    without_none,
+)
+from fp8dist.train.torchtitan_keys import UNUSED
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger("fp8dist")
+
+SHIPPED_CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
 @dataclass
@@ -52,3 +81,261 @@ class JobConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every section and key as nested plain dicts, ready for JSON."""
         return dataclasses.asdict(self)
+
+    def validate(self) -> None:
+        """Check names, limits and combinations of values; what needs the ranks, the model's
+        flavors or the files is checked where those are known.
+
+        Raises:
+            ValueError: names the key, what was found and what to do.
+        """
+        for key, annotation in key_types().items():
+            value = _get(self, key)
+            convert(key, annotation, value)
+            if key in LIMITS and value is not None:
+                holds, words = LIMITS[key]
+                if not holds(value):
+                    raise ValueError(f"{key} is {value}; it must be {words}")
+        self._validate_degrees()
+        self._validate_converters()
+        self._validate_float8()
+        self._validate_activation_checkpoint()
+        self._validate_dataset()
+
+    def _validate_degrees(self) -> None:
+        for kind in ("tensor", "pipeline", "context"):
+            key = f"parallelism.{kind}_parallel_degree"
+            if (degree := _get(self, key)) > 1:
+                raise ValueError(
+                    f"{key} is {degree}: {kind} parallelism is not supported by this trainer; set "
+                    f"it to 1 and use the data_parallel degrees"
+                )
+
+    def _validate_converters(self) -> None:
+        for name in self.model.converters:
+            if name == FLOAT8_CONVERTER:
+                continue
+            if name == "quantize.linear.mx" or name.startswith("quantize.grouped_mm."):
+                raise ValueError(
+                    f"model.converters has {name!r}, which is not supported yet; use "
+                    f"{FLOAT8_CONVERTER!r}"
+                )
+            raise ValueError(
+                f"model.converters has the unknown {name!r}; did you mean {FLOAT8_CONVERTER!r}?"
+            )
+
+    def _validate_float8(self) -> None:
+        section, float8 = "quantize.linear.float8", self.quantize.linear.float8
+        try:
+            fp8dist.config.recipe(float8.recipe_name)
+        except ValueError as error:
+            raise ValueError(f"{section}.recipe_name: {error}") from None
+        if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.float8_all_gather:
+            raise ValueError(
+                f"{section}.precompute_float8_dynamic_scale_for_fsdp is true but "
+                f"{section}.enable_fsdp_float8_all_gather is false: scales are precomputed only "
+                f"for the float8 all-gather. Turn the gather on, or leave precompute unset"
+            )
+
+    def _validate_activation_checkpoint(self) -> None:
+        option = self.activation_checkpoint.selective_ac_option
+        if option != "op" and not (option.isdecimal() and int(option) >= 1):
+            raise ValueError(
+                f"activation_checkpoint.selective_ac_option is {option!r}; expected 'op' or a "
+                f"whole number of blocks, at least 1"
+            )
+
+    def _validate_dataset(self) -> None:
+        known = DATASETS + FETCHED_DATASETS
+        name = self.training.dataset
+        # With a path the name is a label: torchtitan users register their own.
+        if self.training.dataset_path is None and name not in known:
+            raise ValueError(
+                f"training.dataset is {name!r}; expected {' or '.join(DATASETS)}, or a file or "
+                f"folder in training.dataset_path{did_you_mean(name, known)}"
+            )
+
+
+def parse_config(argv: Sequence[str]) -> JobConfig:
+    """The validated configuration of a job from its command line (without the program's name).
+
+    The file of `--job.config_file` is read first, then the other flags override it. Keys that
+    torchtitan has and this trainer has no use for are named in one warning. `--help` prints the
+    flags and exits.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or a file that is missing or no TOML.
+    """
+    if "--help" in argv or "-h" in argv:
+        _tyro(JobConfig(), ["--help"])
+    flags = _read_flags(argv)
+    config, unused = JobConfig(), []
+    if file := flags.get("job.config_file"):
+        for key, value in _read_toml(Path(file).expanduser()).items():
+            if key in UNUSED:
+                unused.append(key)
+            else:
+                _set(config, key, value)
+    unused += [key for key in flags if key in UNUSED]
+    if unused:
+        logger.warning(
+            "torchtitan keys without effect in this trainer: %s", ", ".join(dict.fromkeys(unused))
+        )
+    args = [f"--{key}={value}" for key, value in flags.items() if key not in UNUSED]
+    config = _tyro(config, args)
+    config.validate()
+    return config
+
+
+@functools.cache
+def key_types() -> dict[str, Any]:
+    """Every dotted key of `JobConfig` with the type of its values."""
+
+    def walk(section: type, prefix: str) -> dict[str, Any]:
+        keys = {}
+        for name, annotation in get_type_hints(section).items():
+            if dataclasses.is_dataclass(annotation):
+                keys |= walk(annotation, f"{prefix}{name}.")
+            else:
+                keys[prefix + name] = annotation
+        return keys
+
+    return walk(JobConfig, "")
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    """Every dotted section, torchtitan's included."""
+    keys = [*key_types(), *UNUSED]
+    return frozenset(key.rsplit(".", depth)[0] for key in keys for depth in (1, 2, 3))
+
+
+def _get(config: JobConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _set(config: JobConfig, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    setattr(functools.reduce(getattr, sections, config), name, value)
+
+
+def _known(key: str) -> bool:
+    return key in key_types() or key in UNUSED
+
+
+def _unknown(source: str, key: str) -> ValueError:
+    """The error for a key that neither this trainer nor torchtitan has."""
+    # A key in the wrong section is the likeliest: training.seed for debug.seed, --steps alone.
+    name = key.rsplit(".", 1)[-1]
+    same_name = [known for known in key_types() if known.rsplit(".", 1)[-1] == name]
+    hint = (
+        did_you_mean(key, same_name, cutoff=0)
+        or did_you_mean(key, key_types(), cutoff=0.7)
+        or did_you_mean(key, [*key_types(), *sorted(UNUSED)])
+    )
+    return ValueError(f"{source}: unknown key {key!r}{hint}")
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    """Dotted key -> value of a TOML file, unused keys included."""
+    if not file.is_file():
+        folder = SHIPPED_CONFIGS if SHIPPED_CONFIGS.is_dir() else file.parent
+        shipped = ", ".join(sorted(path.name for path in folder.glob("*.toml"))) or "none"
+        raise ValueError(
+            f"job.config_file: there is no file {str(file)!r}; those in "
+            f"{'scripts/configs' if folder == SHIPPED_CONFIGS else folder}: {shipped}"
+        )
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # TOML's and UTF-8's errors are both of this kind
+        raise ValueError(f"{file}: not a TOML file: {error}") from None
+    values: dict[str, Any] = {}
+    _flatten(str(file), tables, "", values)
+    return values
+
+
+def _flatten(file: str, table: dict[str, Any], prefix: str, values: dict[str, Any]) -> None:
+    for name, value in table.items():
+        key = prefix + name
+        if _known(key):
+            annotation = key_types().get(key)
+            values[key] = convert(f"{file}: {key}", annotation, value) if annotation else value
+        elif isinstance(value, dict) and (value or key in _sections()):
+            _flatten(file, value, f"{key}.", values)
+        elif key in _sections():
+            raise ValueError(f"{file}: {key} is {value!r}; expected a section, [{key}]")
+        else:
+            raise _unknown(file, key)
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, str]:
+    """Dotted key -> text of each flag, checked, unused keys included; the last of several wins."""
+    flags: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(
+                f"command line: unexpected {flag!r}; expected --section.key=value (lists are "
+                f"comma-separated, without spaces)"
+            )
+        name, equals, value = flag[2:].partition("=")
+        key, negated = _resolve(name.replace("-", "_"))
+        following = rest[0] if rest and not rest[0].startswith("--") else None
+        switch = without_none(key_types().get(key))[0] is bool
+        if negated:
+            if equals:
+                raise ValueError(f"command line: --{name} takes no value, found {value!r}")
+            value = "false"
+        elif equals:
+            pass
+        elif switch and (following is None or following.lower() not in ("true", "false", "none")):
+            value = "true"
+        elif following is not None:
+            value = rest.pop(0)
+        elif key not in UNUSED:
+            raise ValueError(f"command line: --{key} needs a value")
+        if key not in UNUSED:
+            # Checked before tyro sees it, so that a wrong value is the same error as in a file.
+            convert(f"command line: {key}", key_types()[key], value)
+        flags[key] = value
+    return flags
+
+
+def _resolve(name: str) -> tuple[str, bool]:
+    """The key a flag names, and whether it is negated: `--no-a.b` and `--a.no-b` are a.b=false."""
+    if _known(name):
+        return name, False
+    *sections, last = name.split(".")
+    for positive in (name.removeprefix("no_"), ".".join([*sections, last.removeprefix("no_")])):
+        switch = without_none(key_types().get(positive))[0] is bool
+        if positive != name and (switch or positive in UNUSED):
+            return positive, True
+    raise _unknown("command line", name)
+
+
+def _tyro(default: JobConfig, args: Sequence[str]) -> JobConfig:
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def value_of_a_key(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type not in key_types().values():
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar(info.type),
+            instance_from_str=lambda values: convert("value", info.type, values[0]),
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [text(value)],
+        )
+
+    return tyro.cli(
+        JobConfig,
+        prog="python -m fp8dist.train",
+        default=default,
+        args=list(args),
+        use_underscores=True,
+        registry=registry,
+        # A switch is an ordinary key whose value `_read_flags` fills in when it is left out.
+        config=(tyro.conf.FlagConversionOff,),
+    )

@@ -1,7 +1,7 @@
 """The sections of a job's configuration: one dataclass each, torchtitan 0.2's names.
 
 A docstring below a field is its line in `--help`. What a value may be is its type
-(`Literal` for names) and, for numbers, `MINIMUM` and `MAXIMUM`; `JobConfig.validate` checks both.
+(`Literal` for names) and, for numbers, its entry in `LIMITS`; `JobConfig.validate` checks both.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ModelSection:
     flavor: str = "debugmodel"
     """Size: debugmodel, 8B or 70B."""
     hf_assets_path: str | None = None
-    """Folder whose tokenizer.json is the tokenizer; unset: one token per byte of text."""
+    """Folder whose tokenizer.json is the tokenizer; none: one token per byte of text."""
     converters: list[str] = field(default_factory=list)
     """Conversions of the model, comma-separated: quantize.linear.float8, or nothing."""
 
@@ -88,7 +88,7 @@ class LRSchedulerSection:
     warmup_steps: int = 200
     """Steps of linear warmup from 0 to the peak."""
     decay_ratio: float | None = None
-    """Part of all steps spent decaying, 0 to 1; unset: from the end of warmup to the last step."""
+    """Part of all steps spent decaying, 0 to 1; none: from the end of warmup to the last step."""
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Shape of the decay."""
 
@@ -111,11 +111,11 @@ class TrainingSection:
     seq_len: int = 2048
     """Tokens per sequence."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this total norm when above it."""
+    """Gradients are scaled down to this total norm when above it; inf: never."""
     steps: int = 10000
     """Optimizer steps in the run."""
     dtype: Dtype = "float32"
-    """Dtype of parameters, gradients and optimizer state. With bfloat16 there is no float32 copy."""
+    """Dtype of sharded parameters, gradients and optimizer state."""
     mixed_precision_param: Dtype = "bfloat16"
     """Dtype in which FSDP gathers parameters and computes."""
 
@@ -146,7 +146,7 @@ class ParallelismSection:
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of the parameters (FSDP); -1: all remaining ranks."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after forward and gather them again for backward. default: always."""
+    """Free gathered parameters after forward and gather them again for backward; default: always."""
     tensor_parallel_degree: int = 1
     """Tensor parallelism is not supported: 1."""
     pipeline_parallel_degree: int = 1
@@ -209,9 +209,9 @@ class Float8LinearSection:
     """Linear layers in float8; on when model.converters has quantize.linear.float8."""
 
     enable_fsdp_float8_all_gather: bool | None = None
-    """Gather weights as float8, one byte per element. Unset: on."""
+    """Gather weights as float8, one byte per element. none: on."""
     precompute_float8_dynamic_scale_for_fsdp: bool | None = None
-    """All scales of a step in one all-reduce, after the optimizer. Unset: on if the gather is."""
+    """All scales of a step in one all-reduce, after the optimizer. none: on if the gather is."""
     recipe_name: str = "tensorwise"
     """Which elements share a scale: tensorwise, rowwise, rowwise_with_gw_hp or blockwise."""
     filter_fqns: list[str] = field(default_factory=list)
@@ -228,9 +228,7 @@ class Float8LinearSection:
     @property
     def precompute_scales(self) -> bool:
         """Whether scales are precomputed: never without the float8 gather; unset is on."""
-        return (
-            self.float8_all_gather and self.precompute_float8_dynamic_scale_for_fsdp is not False
-        )
+        return self.float8_all_gather and self.precompute_float8_dynamic_scale_for_fsdp is not False
 
 
 @dataclass
@@ -252,7 +250,7 @@ class DebugSection:
     """Reproducibility."""
 
     seed: int | None = None
-    """Seed of initialisation and shuffling; unset: a fixed one for the data, none for the model."""
+    """Seed of initialisation and shuffling; none: a fixed one for the data alone."""
     deterministic: bool = False
     """Deterministic algorithms only; slower."""
 
