@@ -58,9 +58,6 @@ def missing(extra: str) -> list[str]:
 
 
 def main(extra: str) -> int:
-    if sys.version_info < (3, 10):
-        print("Python 3.10 or newer")
-        return 1
     unmet = missing(extra)
     if unmet:
         print(", ".join(unmet))
