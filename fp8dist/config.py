@@ -1,0 +1,177 @@
+"""What the user asks for (`Float8Config`) and what each recipe means (`RECIPES`)."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torchao.float8 import Float8LinearConfig
+
+# [Note: blocks]
+# The elements that share a scale form a block of (rows, columns) of a 2-D tensor; WHOLE stands
+# for the whole dimension. The scales of a (M, N) tensor are a (M / rows, N / columns) tensor, so
+# they broadcast (after repeating) over the data and cut along the same dimensions.
+Block = tuple[int, int]
+WHOLE = -1
+TENSOR: Block = (WHOLE, WHOLE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the operands of a linear layer's three matmuls are scaled and cast.
+
+    Blocks are given for 2-D tensors whose last dimension is contracted: input (M, K),
+    weight (N, K), grad_output (M, N).
+    """
+
+    name: str
+    input: Block
+    weight: Block
+    grad_output: Block
+    input_dtype: torch.dtype = torch.float8_e4m3fn
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    grad_output_dtype: torch.dtype = torch.float8_e4m3fn
+    # Round scales down to powers of two.
+    power_of_2_scales: bool = False
+    # Hopper's float8 matmul takes rows of a multiple of 16 bytes (cuBLAS documentation,
+    # "FP8 data types": all dimensions must be multiples of 16).
+    dim_multiple: int = 16
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="tensorwise",
+            input=TENSOR,
+            weight=TENSOR,
+            grad_output=TENSOR,
+            grad_output_dtype=torch.float8_e5m2,
+        ),
+    )
+}
+
+
+def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
+    """`name`'s closest match among `known`, as the end of an error message."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}"
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        ValueError: there is no such recipe; the message names the nearest.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown float8 recipe {name!r}: {nearest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class FastAccum:
+    """Which matmuls accumulate in the tensor cores' shorter registers: faster, less exact."""
+
+    output: bool = True
+    grad_input: bool = False
+    grad_weight: bool = False
+
+
+@dataclass(frozen=True)
+class Float8Config:
+    """How `convert_to_float8_training` makes a linear layer compute and communicate.
+
+    Args:
+        recipe_name: a name in `fp8dist.config.RECIPES`.
+        enable_fsdp_float8_all_gather: FSDP2 gathers the weight as float8, one byte per
+            element. Off, FSDP2 gathers `MixedPrecisionPolicy.param_dtype` and every forward
+            and backward casts the gathered weight.
+        cache_payload: keep each shard's float8 bytes between optimizer steps (one byte per
+            element of the shard), so that forward, backward and all microbatches reuse one
+            cast. Off, each all-gather casts the shard again: the same bytes, less memory.
+        fast_accum: None accumulates fast where torchao does (the output matmul); True in all
+            three matmuls; False in none; or a `FastAccum`. Only for hardware with float8
+            matmuls.
+        emulate: dequantize and multiply in float32, also on hardware with float8 matmuls.
+
+    Raises:
+        ValueError: unknown recipe name.
+    """
+
+    recipe_name: str = "tensorwise"
+    enable_fsdp_float8_all_gather: bool = True
+    cache_payload: bool = True
+    fast_accum: bool | FastAccum | None = None
+    emulate: bool = False
+
+    def __post_init__(self) -> None:
+        recipe(self.recipe_name)
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.recipe_name]
+
+    @property
+    def fast_accum_by_matmul(self) -> FastAccum:
+        if isinstance(self.fast_accum, FastAccum):
+            return self.fast_accum
+        if self.fast_accum is None:
+            return FastAccum()
+        return FastAccum(self.fast_accum, self.fast_accum, self.fast_accum)
+
+
+def from_torchao(config: "Float8LinearConfig") -> Float8Config:
+    """The `Float8Config` that computes what a torchao `Float8LinearConfig` asks for.
+
+    Raises:
+        ValueError: the config matches no recipe; the message names the first field that
+            differs from the recipe that is closest.
+    """
+    from torchao.float8 import Float8LinearConfig
+
+    if config.pad_inner_dim:
+        raise ValueError(
+            "Float8LinearConfig.pad_inner_dim=True is not supported: leave layers whose "
+            "dimensions are not multiples of 16 out with module_filter_fn"
+        )
+    oracles = {name: Float8LinearConfig.from_recipe_name(name) for name in RECIPES}
+    differing = {name: _differing_fields(config, oracle) for name, oracle in oracles.items()}
+    name = min(differing, key=lambda candidate: len(differing[candidate]))
+    if differing[name]:
+        field = differing[name][0]
+        raise ValueError(
+            f"the Float8LinearConfig matches no recipe of fp8dist ({', '.join(RECIPES)}); nearest "
+            f"is {name!r}, from which it differs in {field}={getattr(config, field)!r} (there "
+            f"{getattr(oracles[name], field)!r}): use Float8LinearConfig.from_recipe_name({name!r})"
+        )
+    return Float8Config(
+        recipe_name=name,
+        enable_fsdp_float8_all_gather=config.enable_fsdp_float8_all_gather,
+        fast_accum=FastAccum(
+            output=config.gemm_config_output.use_fast_accum,
+            grad_input=config.gemm_config_grad_input.use_fast_accum,
+            grad_weight=config.gemm_config_grad_weight.use_fast_accum,
+        ),
+        emulate=config.emulate,
+    )
+
+
+# The fields of torchao's config in which recipes differ; the rest is mapped or has no effect.
+_RECIPE_FIELDS = (
+    "cast_config_input",
+    "cast_config_input_for_grad_weight",
+    "cast_config_weight",
+    "cast_config_weight_for_grad_input",
+    "cast_config_grad_output",
+    "cast_config_grad_output_for_grad_weight",
+    "round_scales_to_power_of_2",
+)
+
+
+def _differing_fields(a: "Float8LinearConfig", b: "Float8LinearConfig") -> list[str]:
+    return [field for field in _RECIPE_FIELDS if getattr(a, field) != getattr(b, field)]

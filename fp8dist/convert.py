@@ -1,0 +1,272 @@
+"""Swap a model's linear layers for `Float8Linear`, and say what was left alone and why."""
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fp8dist import config as configs
+from fp8dist.config import Float8Config
+from fp8dist.linear import Float8Linear
+
+logger = logging.getLogger("fp8dist")
+
+ModuleFilter = Callable[[nn.Module, str], bool]
+Rule = tuple[ModuleFilter, Float8Config]
+
+AUTO_FILTER = "auto_filter_small_kn"
+
+_HP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class float8_module_filter:  # noqa: N801 - called like a function, as torchao's filters are
+    """A `module_filter_fn` that leaves out layers by name and by size.
+
+    Args:
+        recipe_name: the recipe that the layers will be converted to.
+        filter_fqns: parts of fully qualified names; a layer whose name contains one stays in
+            high precision. The entry "auto_filter_small_kn" leaves out layers that are too
+            small to gain: the thresholds are torchao's, measured on H100
+            (`torchao.float8._auto_filter_for_recipe`).
+
+    A layer whose dimensions the hardware cannot multiply is left out as well.
+
+    Raises:
+        ValueError: unknown recipe, or one that has no published thresholds together with
+            "auto_filter_small_kn".
+    """
+
+    def __init__(self, recipe_name: str, filter_fqns: Sequence[str] = ()) -> None:
+        if isinstance(filter_fqns, str):
+            raise ValueError(f"filter_fqns is a list of names, got the string {filter_fqns!r}")
+        self.recipe = configs.recipe(recipe_name)
+        self.filter_fqns = [fqn for fqn in filter_fqns if fqn != AUTO_FILTER]
+        self.auto_filter = AUTO_FILTER in filter_fqns
+        if self.auto_filter and recipe_name not in _SMALL_KN:
+            raise ValueError(
+                f"{AUTO_FILTER} has no thresholds for recipe {recipe_name!r} (it has them for "
+                f"{', '.join(_SMALL_KN)}): name the layers to leave out in filter_fqns"
+            )
+
+    def __call__(self, module: nn.Module, fqn: str) -> bool:
+        return self.reason(module, fqn) is None
+
+    def reason(self, module: nn.Module, fqn: str) -> str | None:
+        """Why the layer stays in high precision, or None if it is to be converted."""
+        if not isinstance(module, nn.Linear):
+            return "not a linear layer"
+        for part in self.filter_fqns:
+            if part in fqn:
+                return f"in filter_fqns ({part})"
+        rows, columns = module.out_features, module.in_features
+        multiple = self.recipe.dim_multiple
+        if rows % multiple or columns % multiple:
+            return f"dimensions not multiples of {multiple}"
+        if self.auto_filter and _SMALL_KN[self.recipe.name](columns, rows):
+            return f"too small to gain ({AUTO_FILTER})"
+        return None
+
+    def unmatched(self, fqns: Iterable[str]) -> list[str]:
+        fqns = list(fqns)
+        return [part for part in self.filter_fqns if not any(part in fqn for fqn in fqns)]
+
+
+# (K, N) -> too small. From torchao's benchmarks on H100 as its `_auto_filter_for_recipe` has them.
+_SMALL_KN: dict[str, Callable[[int, int], bool]] = {
+    "tensorwise": lambda k, n: k <= 4096 and n <= 1024,
+    "rowwise": lambda k, n: n <= 2048 or k <= 1024 or (n <= 4096 and k <= 2048),
+}
+
+
+def convert_to_float8_training(
+    module: nn.Module,
+    *,
+    config: Any = None,
+    module_filter_fn: ModuleFilter | None = None,
+) -> nn.Module:
+    """Make the linear layers of a model compute and, under FSDP2, communicate in float8.
+
+    Call it before `parallelize_module` and `fully_shard`, and before the optimizer is made.
+
+    Args:
+        module: a model, or a single `nn.Linear`; changed in place. Layers that torchao has
+            converted are taken over.
+        config: a `Float8Config`, torchao's `Float8LinearConfig`, a recipe name, None for
+            tensorwise, or a list of (filter, any of these) of which the first whose filter
+            accepts a layer counts.
+        module_filter_fn: (module, fully qualified name) -> whether to convert the layer; None
+            stands for `float8_module_filter(recipe, [])`.
+
+    Returns:
+        module.
+
+    Raises:
+        ValueError: a config that matches no recipe, a layer that is already sharded, a layer
+            that the filter accepts but the hardware cannot multiply.
+    """
+    rules = _rules(config, module_filter_fn)
+    linears = {fqn: m for fqn, m in module.named_modules() if isinstance(m, nn.Linear)}
+    owners = _parameter_owners(module)
+    converted: dict[str, list[str]] = defaultdict(list)
+    left_alone: dict[str, list[str]] = defaultdict(list)
+    chosen: list[tuple[str, nn.Linear, Float8Config]] = []
+    for fqn, linear in linears.items():
+        float8_config, reason = _choose(rules, linear, fqn)
+        reason = reason or _cannot_convert(linear, owners)
+        if reason is not None or float8_config is None:
+            left_alone[reason or "rejected by module_filter_fn"].append(fqn)
+            continue
+        _check_convertible(linear, fqn, float8_config)
+        chosen.append((fqn, linear, float8_config))
+    for fqn, linear, float8_config in chosen:
+        Float8Linear.from_float(linear, float8_config, fqn, module)
+        converted[float8_config.recipe_name].append(fqn)
+    if chosen:
+        _patch_inductor()
+    _log(converted, left_alone, rules, list(linears))
+    return module
+
+
+def _rules(config: Any, module_filter_fn: ModuleFilter | None) -> list[Rule]:
+    if isinstance(config, list | tuple):
+        rules = [(filter_fn, _float8_config(one)) for filter_fn, one in config]
+        if module_filter_fn is None:
+            return rules
+        outer = module_filter_fn
+        return [(_both(outer, filter_fn), one) for filter_fn, one in rules]
+    float8_config = _float8_config(config)
+    filter_fn = module_filter_fn or float8_module_filter(float8_config.recipe_name)
+    return [(filter_fn, float8_config)]
+
+
+def _both(first: ModuleFilter, second: ModuleFilter) -> ModuleFilter:
+    return lambda module, fqn: first(module, fqn) and second(module, fqn)
+
+
+def _float8_config(config: Any) -> Float8Config:
+    if config is None:
+        return Float8Config()
+    if isinstance(config, Float8Config):
+        return config
+    if isinstance(config, str):
+        return Float8Config(recipe_name=config)
+    if type(config).__module__.startswith("torchao."):
+        return configs.from_torchao(config)
+    raise ValueError(
+        f"config is a {type(config).__name__}: pass a Float8Config, a torchao Float8LinearConfig, "
+        f"a recipe name ({', '.join(configs.RECIPES)}) or a list of (filter, config)"
+    )
+
+
+def _choose(
+    rules: list[Rule], linear: nn.Linear, fqn: str
+) -> tuple[Float8Config | None, str | None]:
+    """The config of the first rule that accepts the layer, or why none does."""
+    reason = None
+    for filter_fn, float8_config in rules:
+        if filter_fn(linear, fqn):
+            if _is_torchao(linear):
+                return configs.from_torchao(linear.config), None
+            return float8_config, None
+        if isinstance(filter_fn, float8_module_filter):
+            reason = reason or filter_fn.reason(linear, fqn)
+    return None, reason or "rejected by module_filter_fn"
+
+
+def _is_torchao(linear: nn.Linear) -> bool:
+    # By name: importing torchao is slow, and it is loaded if there is such a layer.
+    return type(linear).__module__ == "torchao.float8.float8_linear"
+
+
+def _parameter_owners(module: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by the parameter's id."""
+    return Counter(
+        id(param) for submodule in module.modules() for param in submodule.parameters(recurse=False)
+    )
+
+
+def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
+    """Why a layer that the filter accepts is left alone all the same, or None."""
+    weight = linear._parameters.get("weight")
+    if isinstance(linear, Float8Linear):
+        return "converted before"
+    if not _is_torchao(linear) and type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} has a forward of its own"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return "its weight is used without its forward (nn.MultiheadAttention)"
+    if weight is None:
+        return "its weight is not a plain parameter"
+    if owners[id(weight)] > 1:
+        return "its weight is tied to another layer's"
+    if weight.dtype not in _HP_DTYPES:
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def _check_convertible(linear: nn.Linear, fqn: str, float8_config: Float8Config) -> None:
+    name = fqn or type(linear).__name__
+    if isinstance(linear.weight, DTensor):
+        raise ValueError(
+            f"{name}: its weight is already a DTensor ({linear.weight.placements}): call "
+            "convert_to_float8_training before parallelize_module and fully_shard"
+        )
+    multiple = float8_config.recipe.dim_multiple
+    rows, columns = linear.out_features, linear.in_features
+    if (rows % multiple or columns % multiple) and not float8_config.emulate:
+        raise ValueError(
+            f"{name}: its weight is {rows} x {columns}, and float8 matmuls take multiples of "
+            f"{multiple}: let module_filter_fn return False for it (float8_module_filter does), "
+            "or pass Float8Config(emulate=True)"
+        )
+
+
+def _patch_inductor() -> None:
+    """Work around triton-lang/triton#11111: compiled float8 stores that write garbage.
+
+    torchao patches inductor for that when it converts a model; the same patch is applied here.
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        from torchao.float8._inductor_patch import _patch_inductor_min_max_codegen
+    except ImportError:  # a torchao that no longer needs it
+        return
+    _patch_inductor_min_max_codegen()
+
+
+def _log(
+    converted: dict[str, list[str]],
+    left_alone: dict[str, list[str]],
+    rules: list[Rule],
+    fqns: list[str],
+) -> None:
+    """One line per recipe and per reason."""
+    for recipe_name, names in converted.items():
+        logger.info(
+            "float8 %s: %d of %d linear layers: %s",
+            recipe_name,
+            len(names),
+            len(fqns),
+            _summary(names),
+        )
+    for reason, names in left_alone.items():
+        logger.info("left in high precision, %s: %s", reason, _summary(names))
+    for filter_fn, _ in rules:
+        if isinstance(filter_fn, float8_module_filter) and (unmatched := filter_fn.unmatched(fqns)):
+            logger.warning("filter_fqns that match no linear layer: %s", ", ".join(unmatched))
+    if not converted:
+        logger.warning(
+            "no linear layer was converted to float8: the model trains in high precision"
+        )
+
+
+def _summary(fqns: list[str]) -> str:
+    """Names with their indices folded: layers.*.attention.wq (32), output."""
+    folded = Counter(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", fqn) or "(root)" for fqn in fqns)
+    return ", ".join(name if n == 1 else f"{name} ({n})" for name, n in folded.items())

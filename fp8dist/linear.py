@@ -1,0 +1,213 @@
+"""`Float8Linear` and the autograd function of its three matmuls."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from fp8dist import numerics
+from fp8dist.config import Float8Config
+from fp8dist.matmul import scaled_matmul
+from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
+from fp8dist.tensors.weight_state import WeightState
+
+
+def _quantized_weight(
+    weight: torch.Tensor, config: Float8Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(data, scale) of a weight that arrived in float8, or cast here."""
+    if isinstance(weight, Float8Tensor):
+        return weight._data, weight._scale
+    if isinstance(weight, Float8ShardedWeight):  # not sharded: no all-gather has cast it
+        weight = weight._tensor
+    recipe = config.recipe
+    return numerics.quantize(weight, recipe.weight, recipe.weight_dtype, recipe.power_of_2_scales)
+
+
+@torch._dynamo.allow_in_graph
+class _Float8Matmul(torch.autograd.Function):
+    """output = input @ weight^T, with all three matmuls of forward and backward in float8.
+
+    Saved for backward are the float8 input and the weight itself, never a copy of the weight:
+    FSDP2 frees the unsharded weight after forward and refills its storage before backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, config: Float8Config
+    ) -> torch.Tensor:
+        recipe = config.recipe
+        data, scale = numerics.quantize(
+            input, recipe.input, recipe.input_dtype, recipe.power_of_2_scales
+        )
+        weight_data, weight_scale = _quantized_weight(weight, config)
+        ctx.save_for_backward(data, scale, weight)
+        ctx.config = config
+        return scaled_matmul(
+            data,
+            scale,
+            weight_data,
+            weight_scale,
+            input.dtype,
+            fast_accum=config.fast_accum_by_matmul.output,
+            emulate=config.emulate,
+        )
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        input_data, input_scale, weight = ctx.saved_tensors
+        config: Float8Config = ctx.config
+        recipe = config.recipe
+        data, scale = numerics.quantize(
+            grad_output, recipe.grad_output, recipe.grad_output_dtype, recipe.power_of_2_scales
+        )
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weight_data, weight_scale = _quantized_weight(weight, config)
+            grad_input = scaled_matmul(
+                data,
+                scale,
+                weight_data.t(),
+                weight_scale.t(),
+                grad_output.dtype,
+                fast_accum=config.fast_accum_by_matmul.grad_input,
+                emulate=config.emulate,
+            )
+        if ctx.needs_input_grad[1]:
+            grad_weight = scaled_matmul(
+                data.t(),
+                scale.t(),
+                input_data.t(),
+                input_scale.t(),
+                grad_output.dtype,
+                fast_accum=config.fast_accum_by_matmul.grad_weight,
+                emulate=config.emulate,
+            )
+        return grad_input, grad_weight, None
+
+
+# What torchao's Float8Linear sets beside its config.
+_TORCHAO_ATTRIBUTES = {
+    "linear_mm_config",
+    "scaling_type_input",
+    "scaling_type_weight",
+    "scaling_type_grad_output",
+}
+
+
+class Float8Linear(nn.Linear):
+    """`torch.nn.Linear` whose three matmuls run in float8.
+
+    Made from an `nn.Linear` by `convert_to_float8_training`. Its parameters keep their names,
+    shapes and dtypes, and its state dict is that of the `nn.Linear`.
+
+    Shapes: input (..., K), weight (N, K), bias (N,), output (..., N) in the input's dtype.
+    """
+
+    config: Float8Config
+    # None where FSDP2 gathers the weight in high precision.
+    weight_state: WeightState | None
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, config: Float8Config, fqn: str = "", root: nn.Module | None = None
+    ) -> "Float8Linear":
+        """Turn `linear` into a `Float8Linear`, in place, so that hooks and references stay.
+
+        Args:
+            fqn: the layer's name in `root`, for messages.
+            root: the module that conversion was called on.
+        """
+        # torchao's layer may carry its own wrapper of the weight, and attributes of no use here.
+        if hasattr(linear.weight, "_tensor") and not isinstance(linear.weight, Float8ShardedWeight):
+            linear.weight = nn.Parameter(linear.weight._tensor, linear.weight.requires_grad)
+        for name in _TORCHAO_ATTRIBUTES & linear.__dict__.keys():
+            delattr(linear, name)
+        linear.__class__ = cls
+        if not isinstance(linear, cls):
+            raise AssertionError("the layer's class was not changed")
+        linear.config = config
+        linear.weight_state = None
+        if config.enable_fsdp_float8_all_gather:
+            linear.weight_state = WeightState(config, fqn, linear if root is None else root)
+            linear._wrap_weight()
+        return linear
+
+    def _wrap_weight(self) -> None:
+        """Make the weight a `Float8ShardedWeight`, also inside a DTensor."""
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            if isinstance(weight._local_tensor, Float8ShardedWeight):
+                return
+            wrapped: torch.Tensor = _like_dtensor(
+                weight, Float8ShardedWeight(weight._local_tensor.detach())
+            )
+        elif isinstance(weight, Float8ShardedWeight):
+            return
+        else:
+            wrapped = Float8ShardedWeight(weight.detach())
+        self.weight = nn.Parameter(wrapped, requires_grad=weight.requires_grad)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight, DTensor):
+            raise ValueError(
+                f"{self._name()}: the weight is still a DTensor in forward ({self.weight.placements}"
+                "): call the module that fully_shard was applied to, so that it gathers the weight; "
+                "tensor-parallel plans for Float8Linear are not supported"
+            )
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        output = _Float8Matmul.apply(input.reshape(-1, self.in_features), self.weight, self.config)
+        if input.dim() != 2:
+            # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
+            output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], self.out_features))
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)
+        return output
+
+    def _name(self) -> str:
+        return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__
+
+    def extra_repr(self) -> str:
+        gather = "" if self.config.enable_fsdp_float8_all_gather else ", float8_all_gather=False"
+        return f"{super().extra_repr()}, recipe={self.config.recipe_name}{gather}"
+
+    # A state dict holds what the nn.Linear would have: plain tensors that alias the parameter.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(prefix + "weight")
+        if self.weight_state is not None and weight is not None and not keep_vars:
+            destination[prefix + "weight"] = _plain(weight)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.weight_state is not None:
+            self._wrap_weight()  # load_state_dict(assign=True) has put in a plain tensor
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """The high-precision tensor without its subclass, sharing its storage."""
+    if isinstance(weight, DTensor):
+        if isinstance(weight._local_tensor, Float8ShardedWeight):
+            return _like_dtensor(weight, weight._local_tensor._tensor)
+        return weight
+    return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+
+
+@torch.no_grad()
+def _like_dtensor(weight: DTensor, local: torch.Tensor) -> DTensor:
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )

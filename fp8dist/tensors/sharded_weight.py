@@ -1,0 +1,237 @@
+"""`Float8ShardedWeight`: the high-precision shard of a weight that FSDP2 gathers in float8."""
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.weight_state import Edits, Seen, WeightState, update_scales
+
+logger = logging.getLogger("fp8dist")
+aten = torch.ops.aten
+
+
+def is_sharded(param: torch.Tensor | None) -> bool:
+    """Whether this is a parameter that FSDP2 has sharded and gathers in float8."""
+    return isinstance(param, DTensor) and isinstance(param._local_tensor, Float8ShardedWeight)
+
+
+_checked_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def check_reshard(root: nn.Module | None) -> None:
+    """Refuse `reshard_after_forward=<int>`, for which FSDP2 has no extension hooks.
+
+    Raises:
+        ValueError: a module under root that FSDP2 reshards to a smaller mesh.
+    """
+    if root is None or root in _checked_roots:
+        return
+    _checked_roots.add(root)
+    for fqn, module in root.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        # FSDP2 has no public getter; `_fsdp_param_group` is there in torch 2.11 to 2.13.
+        group = module._get_fsdp_state()._fsdp_param_group
+        if group is None or group.post_forward_mesh_info is None:
+            continue
+        if group.post_forward_mesh_info is not group.mesh_info:
+            raise ValueError(
+                f"{fqn or type(module).__name__}: fully_shard(reshard_after_forward=<int>) does "
+                "not work with weights gathered in float8: use reshard_after_forward=True or "
+                "False, or Float8Config(enable_fsdp_float8_all_gather=False)"
+            )
+
+
+_warned_stale = False
+
+
+def _warn_stale(fqn: str) -> None:
+    global _warned_stale
+    if not _warned_stale:
+        _warned_stale = True
+        logger.warning(
+            "%s was edited after its float8 scales were computed; they are computed again at the "
+            "all-gather, with one more collective per weight. Call "
+            "fp8dist.precompute_float8_dynamic_scale_for_fsdp(model) after optimizer.step(), or "
+            "fp8dist.register_precompute_hook(optimizer, model) once",
+            fqn,
+        )
+
+
+# Ops whose result is the same parameter, whole or in part, and shares its `Edits`; new_zeros,
+# empty_like and _pin_memory because FSDP2 and `to_empty` move a parameter with them.
+_SAME_PARAMETER_OPS = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.view.default,
+    aten.as_strided.default,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.new_zeros.default,
+    aten.empty_like.default,
+    aten._pin_memory.default,
+}
+# Ops whose result is another parameter with the same values.
+_COPY_OPS = {aten.clone.default, aten._to_copy.default}
+
+
+class Float8ShardedWeight(torch.Tensor):
+    """A linear weight, or FSDP2's shard of it: a high-precision tensor with FSDP2's two hooks.
+
+    Optimizers, gradient clipping and initialisation see and edit the plain tensor inside. What
+    the hooks need beside it is in the module's `WeightState`; see [Note: noticing edits] there.
+
+    Args:
+        tensor: (n, K), float32, bfloat16 or float16.
+    """
+
+    _tensor: torch.Tensor
+    _edits: Edits
+
+    @staticmethod
+    def __new__(cls, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            tensor.size(),
+            strides=tensor.stride(),
+            storage_offset=tensor.storage_offset(),
+            dtype=tensor.dtype,
+            layout=tensor.layout,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+        self._tensor = tensor
+        self._edits = edits or Edits()
+        return self
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            _count_edits(func, args, kwargs)
+        inner_args, inner_kwargs = pytree.tree_map_only(
+            cls, lambda tensor: tensor._tensor, (args, kwargs)
+        )
+        out = func(*inner_args, **inner_kwargs)
+        if func in _SAME_PARAMETER_OPS:
+            return _wrap_all(out, lambda tensor: cls(tensor, args[0]._edits))
+        if func in _COPY_OPS:
+            return _wrap_all(out, cls)
+        if isinstance(args[0], cls) and func._schema.arguments[0].is_write:
+            return args[0]  # an in-place op returns what it was called on
+        return out
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_tensor"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], meta: None, outer_size: Any, outer_stride: Any
+    ) -> "Float8ShardedWeight":
+        return Float8ShardedWeight(inner["_tensor"])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Float8ShardedWeight({self._tensor!r})"
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor, torch.Size]]:
+        """FSDP2's hook before the all-gather.
+
+        `self` is the shard on the device that communicates: under CPU offload a copy of the
+        parameter's local tensor, which is why edits are looked for on the parameter.
+
+        Returns:
+            ((payload,), (scale, outer_size)): (padded n, K) uint8; (1, 1) float32; (N, K).
+        """
+        state, param = module.weight_state, module.weight
+        if not isinstance(state, WeightState) or not isinstance(param, DTensor):
+            raise AssertionError("a Float8ShardedWeight is gathered by a Float8Linear only")
+        if state.seen is None:
+            check_reshard(state.root())
+        if state.seen is None or not state.seen.still_holds(param):
+            if state.seen is not None:
+                _warn_stale(state.fqn)
+            update_scales([state], [param])
+        else:
+            state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
+        if state.scale is None:
+            raise AssertionError(f"{state.fqn}: update_scales set no scale")
+        return (state.current_payload(self._tensor, param),), (state.scale, outer_size)
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[torch.Tensor, ...],
+        metadata: tuple[torch.Tensor, torch.Size],
+        param_dtype: torch.dtype,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        """FSDP2's hook after the all-gather.
+
+        Args:
+            all_gather_outputs: the payloads of all ranks, uint8; their first N x K bytes are
+                the weight in row-major order.
+            metadata: what the other hook returned.
+            param_dtype: the dtype in which the layer computes.
+            out: the unsharded weight of the first all-gather, whose data FSDP2 has refilled.
+
+        Returns:
+            The unsharded weight and the tensors in it that FSDP2 frees when it reshards.
+        """
+        (payload,) = all_gather_outputs
+        scale, size = metadata
+        if out is not None:
+            unsharded = out._local_tensor if isinstance(out, DTensor) else out
+            if not isinstance(unsharded, Float8Tensor):
+                raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
+            unsharded._scale = scale
+            return None
+        data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
+        return Float8Tensor(data, scale, param_dtype), (payload,)
+
+
+def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(tensor, Float8ShardedWeight) and not _moves(func, args):
+                tensor._edits.count += 1
+
+
+def _moves(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this copies a parameter to another storage of its own: no value changes."""
+    if func is not aten.copy_.default or not isinstance(args[1], Float8ShardedWeight):
+        return False
+    target, source = args[0], args[1]
+    if not isinstance(target, Float8ShardedWeight) or target._edits is not source._edits:
+        return False
+    return target._tensor.untyped_storage()._cdata != source._tensor.untyped_storage()._cdata
+
+
+def _wrap_all(out: Any, wrap: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return pytree.tree_map_only(torch.Tensor, wrap, out)
