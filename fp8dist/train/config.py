@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ else:
 
 logger = logging.getLogger("fp8dist")
 
+HELP_WIDTH = 120  # characters
 SHIPPED_CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
@@ -167,6 +170,8 @@ def parse_config(argv: Sequence[str]) -> JobConfig:
         ValueError: an unknown key, a wrong value, or a file that is missing or no TOML.
     """
     if "--help" in argv or "-h" in argv:
+        # On a wider screen tyro sets sections side by side, which breaks the longest keys in two.
+        os.environ["COLUMNS"] = str(min(shutil.get_terminal_size().columns, HELP_WIDTH))
         _tyro(JobConfig(), ["--help"])
     flags = _read_flags(argv)
     config, unused = JobConfig(), []
@@ -191,8 +196,8 @@ def parse_config(argv: Sequence[str]) -> JobConfig:
 def key_types() -> dict[str, Any]:
     """Every dotted key of `JobConfig` with the type of its values."""
 
-    def walk(section: type, prefix: str) -> dict[str, Any]:
-        keys = {}
+    def walk(section: Any, prefix: str) -> dict[str, Any]:
+        keys: dict[str, Any] = {}
         for name, annotation in get_type_hints(section).items():
             if dataclasses.is_dataclass(annotation):
                 keys |= walk(annotation, f"{prefix}{name}.")

@@ -146,7 +146,8 @@ class ParallelismSection:
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of the parameters (FSDP); -1: all remaining ranks."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after forward and gather them again for backward; default: always."""
+    """Free gathered parameters after forward and gather them again for backward. default: in the
+    blocks, not in the layers around them."""
     tensor_parallel_degree: int = 1
     """Tensor parallelism is not supported: 1."""
     pipeline_parallel_degree: int = 1
@@ -250,7 +251,7 @@ class DebugSection:
     """Reproducibility."""
 
     seed: int | None = None
-    """Seed of initialisation and shuffling; none: a fixed one for the data alone."""
+    """Seed of initialisation and shuffling; none: 0."""
     deterministic: bool = False
     """Deterministic algorithms only; slower."""
 

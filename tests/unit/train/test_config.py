@@ -1,0 +1,668 @@
+"""The trainer's configuration: TOML, command line, and what is refused."""
+
+import json
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, key_types, parse_config
+from fp8dist.train.config_values import LIMITS
+from fp8dist.train.torchtitan_keys import UNUSED
+
+# The keys that users were promised: written out, not derived from the dataclasses.
+PROMISED = """
+    job.config_file job.dump_folder job.description
+    metrics.log_freq metrics.enable_tensorboard metrics.save_tb_folder
+    model.name model.flavor model.hf_assets_path model.converters
+    optimizer.name optimizer.lr optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.weight_decay
+    lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.decay_type
+    training.dataset training.dataset_path training.local_batch_size training.global_batch_size
+    training.seq_len training.max_norm training.steps training.dtype training.mixed_precision_param
+    parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree
+    parallelism.fsdp_reshard_after_forward parallelism.tensor_parallel_degree
+    parallelism.pipeline_parallel_degree parallelism.context_parallel_degree
+    checkpoint.enable checkpoint.folder checkpoint.interval
+    compile.enable compile.components
+    activation_checkpoint.mode activation_checkpoint.selective_ac_option
+    quantize.linear.float8.enable_fsdp_float8_all_gather
+    quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp
+    quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
+    quantize.linear.float8.emulate
+    debug.seed debug.deterministic
+    comm.train_timeout_seconds
+""".split()
+
+# A job file with the sections and keys that torchtitan 0.2 users have.
+TORCHTITAN_LLAMA3_8B = """
+[job]
+dump_folder = "./outputs"
+description = "Llama 3 8B training"
+
+[profiling]
+enable_profiling = true
+save_traces_folder = "profile_trace"
+profile_freq = 100
+
+[metrics]
+log_freq = 10
+enable_tensorboard = true
+save_tb_folder = "tb"
+
+[model]
+name = "llama3"
+flavor = "8B"
+hf_assets_path = "./assets/hf/Llama-3.1-8B"
+converters = []
+
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+eps = 1e-8
+
+[lr_scheduler]
+warmup_steps = 200
+
+[training]
+local_batch_size = 1
+seq_len = 8192
+max_norm = 1.0
+steps = 1000
+dataset = "c4"
+
+[training.dataloader]
+num_workers = 0
+
+[parallelism]
+data_parallel_replicate_degree = 1
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+pipeline_parallel_degree = 1
+context_parallel_degree = 1
+
+[checkpoint]
+enable = false
+folder = "checkpoint"
+interval = 500
+last_save_model_only = true
+export_dtype = "float32"
+async_mode = "disabled"
+
+[compile]
+enable = false
+components = ["model", "loss"]
+
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = "op"
+
+[quantize.linear.float8]
+enable_fsdp_float8_all_gather = false
+precompute_float8_dynamic_scale_for_fsdp = false
+filter_fqns = ["output"]
+
+[quantize.linear.mx]
+filter_fqns = ["output"]
+
+[quantize.grouped_mm.float8]
+fqns = ["experts"]
+
+[validation]
+enable = false
+dataset = "c4_validation"
+freq = 500
+steps = 1200
+"""
+
+FLOAT8_TOML = """
+[model]
+converters = ["quantize.linear.float8"]
+[quantize.linear.float8]
+enable_fsdp_float8_all_gather = true
+precompute_float8_dynamic_scale_for_fsdp = true
+filter_fqns = ["output", "auto_filter_small_kn"]
+[compile]
+enable = true
+components = ["model", "loss"]
+"""
+
+FLOAT8 = "quantize.linear.float8"
+
+
+def parse(line: str) -> JobConfig:
+    """What a shell hands over for this command line, parsed."""
+    return parse_config(shlex.split(line))
+
+
+def parse_toml(tmp_path: Path, toml: str, line: str = "") -> JobConfig:
+    file = tmp_path / "job.toml"
+    file.write_text(toml)
+    return parse(f"--job.config_file {file} {line}")
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse(line)
+    return str(caught.value)
+
+
+def toml_refusal(tmp_path: Path, toml: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse_toml(tmp_path, toml)
+    return str(caught.value)
+
+
+class TestKeys:
+    def test_are_the_promised_ones(self):
+        assert sorted(key_types()) == sorted(PROMISED)
+
+    def test_no_key_is_both_used_and_unused(self):
+        assert not UNUSED & key_types().keys()
+
+    def test_limits_are_of_keys(self):
+        assert not LIMITS.keys() - key_types().keys()
+
+    def test_to_dict_goes_through_json(self):
+        config = parse("--training.steps 7 --quantize.linear.float8.filter_fqns a,b")
+        back = json.loads(json.dumps(config.to_dict()))
+        assert back["training"]["steps"] == 7
+        assert back["quantize"]["linear"]["float8"]["filter_fqns"] == ["a", "b"]
+        assert back["quantize"]["linear"]["float8"]["enable_fsdp_float8_all_gather"] is None
+        assert len(back) == 13
+
+
+class TestCommandLine:
+    def test_no_flags_are_the_defaults(self):
+        assert parse("") == JobConfig()
+
+    def test_value_after_a_space_and_after_an_equals_sign(self):
+        config = parse("--training.steps 7 --optimizer.lr=1e-3 --model.flavor 8B")
+        assert config.training.steps == 7
+        assert config.optimizer.lr == 1e-3
+        assert config.model.flavor == "8B"
+
+    def test_hyphens_are_underscores_in_keys_only(self):
+        config = parse("--lr-scheduler.warmup-steps 3 --job.dump-folder=my-run")
+        assert config.lr_scheduler.warmup_steps == 3
+        assert config.job.dump_folder == "my-run"
+
+    def test_values_keep_spaces_equals_signs_and_leading_dashes(self):
+        config = parse(
+            '--job.description="a = b, c" --job.dump_folder=--odd '
+            "--training.global_batch_size -1 --parallelism.data_parallel_shard_degree=-1"
+        )
+        assert config.job.description == "a = b, c"
+        assert config.job.dump_folder == "--odd"
+        assert config.training.global_batch_size == -1
+
+    def test_last_of_several_wins(self):
+        assert parse("--training.steps 3 --training.steps=4").training.steps == 4
+
+    @pytest.mark.parametrize(
+        ("flag", "expected"),
+        [
+            ("--compile.enable", True),
+            ("--compile.enable=true", True),
+            ("--compile.enable=True", True),
+            ("--compile.enable true", True),
+            ("--compile.enable=false", False),
+            ("--compile.enable False", False),
+            ("--compile.no_enable", False),
+            ("--compile.no-enable", False),
+            ("--no-compile.enable", False),
+        ],
+    )
+    def test_switches(self, tmp_path, flag, expected):
+        toml = f"[compile]\nenable = {str(not expected).lower()}\n"
+        config = parse_toml(tmp_path, toml, f"{flag} --training.steps 3")
+        assert config.compile.enable is expected
+        assert config.training.steps == 3
+
+    @pytest.mark.parametrize(
+        ("flag", "expected"),
+        [
+            ("", None),
+            ("--{}", True),
+            ("--{}=true", True),
+            ("--{}=false", False),
+            ("--{} false", False),
+            ("--no-{}", False),
+            ("--{}=none", None),
+        ],
+    )
+    def test_switches_that_may_be_unset(self, flag, expected):
+        config = parse(flag.format(f"{FLOAT8}.enable_fsdp_float8_all_gather"))
+        assert config.quantize.linear.float8.enable_fsdp_float8_all_gather is expected
+
+    def test_lists(self):
+        config = parse('--model.converters="quantize.linear.float8," --compile.components loss')
+        assert config.model.converters == ["quantize.linear.float8"]
+        assert config.compile.components == ["loss"]
+
+    def test_empty_list_and_empty_optional(self, tmp_path):
+        toml = FLOAT8_TOML + '[training]\ndataset_path = "x"\n'
+        config = parse_toml(tmp_path, toml, "--model.converters= --training.dataset_path=")
+        assert config.model.converters == []
+        assert config.training.dataset_path is None
+        assert config.quantize.linear.float8.filter_fqns == ["output", "auto_filter_small_kn"]
+
+    def test_optional_numbers(self, tmp_path):
+        toml = "[lr_scheduler]\ndecay_ratio = 0.5\n[debug]\nseed = 3\n"
+        assert parse_toml(tmp_path, toml).lr_scheduler.decay_ratio == 0.5
+        config = parse_toml(tmp_path, toml, "--lr_scheduler.decay_ratio=none --debug.seed None")
+        assert config.lr_scheduler.decay_ratio is None
+        assert config.debug.seed is None
+
+    def test_max_norm_may_be_infinite(self):
+        assert parse("--training.max_norm inf").training.max_norm == float("inf")
+
+    @pytest.mark.parametrize(
+        ("line", "named"),
+        [
+            ("--trainning.steps 3", ["'trainning.steps'", "'training.steps'"]),
+            ("--training.step=3", ["'training.step'", "'training.steps'"]),
+            ("--training.seed 3", ["'training.seed'", "'debug.seed'"]),
+            ("--steps 3", ["'steps'", "'training.steps'"]),
+            ("--float8.emulate", ["'float8.emulate'", "'quantize.linear.float8.emulate'"]),
+            ("--checkpoint.enable_checkpoint", ["'checkpoint.enable'"]),
+            ("--profiling.enable_profling", ["'profiling.enable_profiling'"]),
+            ("--no-training.steps", ["'no_training.steps'"]),
+        ],
+    )
+    def test_unknown_key_is_refused_with_the_nearest(self, line, named):
+        message = refusal(line)
+        assert message.startswith("command line: unknown key")
+        for name in named:
+            assert name in message
+
+    def test_far_off_key_is_refused_without_a_guess(self):
+        assert refusal("--zzz=3") == "command line: unknown key 'zzz'"
+
+    @pytest.mark.parametrize(
+        "line", ["steps", "-s 3", "--compile.enable maybe", "--model.flavor a b"]
+    )
+    def test_stray_words_are_refused(self, line):
+        assert "unexpected" in refusal(line)
+
+    @pytest.mark.parametrize("line", ["--training.steps", "--training.steps --compile.enable"])
+    def test_missing_value_is_refused(self, line):
+        assert refusal(line) == "command line: --training.steps needs a value"
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            ("--training.steps=ten", "a whole number"),
+            ("--training.steps=1.5", "a whole number"),
+            ("--training.steps=", "a whole number"),
+            ("--optimizer.lr=fast", "a number"),
+            ("--compile.enable=maybe", "true or false"),
+            ("--debug.seed=x", "a whole number"),
+        ],
+    )
+    def test_value_of_another_type_is_refused(self, line, expected):
+        message = refusal(line)
+        key, value = line.removeprefix("--").split("=")
+        assert f"command line: {key} is '{value}'; expected {expected}" in message
+
+    def test_negated_flag_takes_no_value(self):
+        assert "takes no value" in refusal("--compile.no_enable=true")
+
+    @pytest.mark.parametrize("columns", ["80", "250"])
+    def test_help_shows_every_key_with_its_meaning(self, capsys, monkeypatch, columns):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit) as caught:
+            parse_config(["--training.steps=3", "--help"])
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        for key in PROMISED:
+            assert re.search(rf"--{re.escape(key)}\s", shown), key
+        assert "Gather weights as float8, one byte per element." in shown
+        assert "(default: stdlib)" in shown
+
+
+class TestToml:
+    def test_the_float8_file(self, tmp_path, caplog):
+        config = parse_toml(tmp_path, FLOAT8_TOML)
+        float8 = config.quantize.linear.float8
+        assert config.float8_enabled
+        assert float8.enable_fsdp_float8_all_gather is True
+        assert float8.precompute_float8_dynamic_scale_for_fsdp is True
+        assert float8.filter_fqns == ["output", "auto_filter_small_kn"]
+        assert config.compile.enable
+        assert config.compile.components == ["model", "loss"]
+        assert config.job.config_file == str(tmp_path / "job.toml")
+        assert not caplog.records
+
+    def test_torchtitan_file_parses_with_one_warning(self, tmp_path, caplog):
+        with caplog.at_level(logging.WARNING, "fp8dist"):
+            config = parse_toml(tmp_path, TORCHTITAN_LLAMA3_8B)
+        assert config.model.flavor == "8B"
+        assert config.model.hf_assets_path == "./assets/hf/Llama-3.1-8B"
+        assert config.optimizer.lr == 3e-4
+        assert config.training.seq_len == 8192
+        assert config.activation_checkpoint.selective_ac_option == "op"
+        assert config.quantize.linear.float8.float8_all_gather is False
+        assert config.quantize.linear.float8.precompute_scales is False
+        (record,) = caplog.records
+        listed = record.getMessage().partition(": ")[2].split(", ")
+        assert sorted(listed) == sorted(
+            [
+                "profiling.enable_profiling",
+                "profiling.save_traces_folder",
+                "profiling.profile_freq",
+                "training.dataloader.num_workers",
+                "checkpoint.last_save_model_only",
+                "checkpoint.export_dtype",
+                "checkpoint.async_mode",
+                "quantize.linear.mx.filter_fqns",
+                "quantize.grouped_mm.float8.fqns",
+                "validation.enable",
+                "validation.dataset",
+                "validation.freq",
+                "validation.steps",
+            ]
+        )
+        assert record.name == "fp8dist"
+        assert "\n" not in record.getMessage()
+
+    def test_unused_flags_join_the_warning(self, tmp_path, caplog):
+        toml = "[profiling]\nprofile_freq = 3\n"
+        line = (
+            "--profiling.enable_profiling --profiling.profile_freq 100 "
+            "--checkpoint.no_initial_load_model_only --comm.trace_buf_size=0 --training.steps 5"
+        )
+        with caplog.at_level(logging.WARNING, "fp8dist"):
+            config = parse_toml(tmp_path, toml, line)
+        assert config.training.steps == 5
+        (record,) = caplog.records
+        assert record.getMessage().partition(": ")[2].split(", ") == [
+            "profiling.profile_freq",
+            "profiling.enable_profiling",
+            "checkpoint.initial_load_model_only",
+            "comm.trace_buf_size",
+        ]
+
+    def test_flags_override_the_file_wherever_they_stand(self, tmp_path):
+        (tmp_path / "job.toml").write_text("[training]\nsteps = 3\nseq_len = 64\n")
+        config = parse(f"--training.steps 9 --job.config-file={tmp_path}/job.toml")
+        assert config.training.steps == 9
+        assert config.training.seq_len == 64
+
+    def test_lists_may_be_text_and_numbers_may_be_whole(self, tmp_path):
+        config = parse_toml(
+            tmp_path,
+            '[model]\nconverters = "quantize.linear.float8"\n[training]\nmax_norm = 2\n'
+            "[activation_checkpoint]\nselective_ac_option = 3\n",
+        )
+        assert config.model.converters == ["quantize.linear.float8"]
+        assert config.training.max_norm == 2.0
+        assert config.activation_checkpoint.selective_ac_option == "3"
+
+    @pytest.mark.parametrize(
+        ("toml", "named"),
+        [
+            ("[training]\nstep = 3", ["'training.step'", "'training.steps'"]),
+            ("[trainning]\nsteps = 3", ["'trainning.steps'", "'training.steps'"]),
+            ("[training]\nseed = 3", ["'training.seed'", "'debug.seed'"]),
+            ("[float8]\nfilter_fqns = []", [f"'{FLOAT8}.filter_fqns'"]),
+            ("[profiling]\nprofile_frequ = 3", ["'profiling.profile_freq'"]),
+            ("[trainning]", ["'trainning'"]),
+            ("steps = 3", ["'steps'", "'training.steps'"]),
+        ],
+    )
+    def test_unknown_key_is_refused_with_the_nearest(self, tmp_path, toml, named):
+        message = toml_refusal(tmp_path, toml)
+        assert message.startswith(f"{tmp_path}/job.toml: unknown key")
+        for name in named:
+            assert name in message
+
+    @pytest.mark.parametrize(
+        ("toml", "named"),
+        [
+            ('[training]\nsteps = "ten"', "training.steps is 'ten'; expected a whole number"),
+            ("[training]\nsteps = 1.5", "training.steps is 1.5; expected a whole number"),
+            ("[training]\nsteps = true", "training.steps is True; expected a whole number"),
+            ("[training]\nsteps = []", "training.steps is []; expected a whole number"),
+            ("[compile]\nenable = 1", "compile.enable is 1; expected true or false"),
+            ("[optimizer]\nlr = [1]", "optimizer.lr is [1]; expected a number"),
+            ("[job]\ndescription = 1.5", "job.description is 1.5; expected text"),
+            ("[model]\nconverters = 3", "model.converters is 3; expected a list"),
+            ("[model]\nconverters = [[]]", "model.converters is []; expected text"),
+            ("compile = true", "compile is True; expected a section, [compile]"),
+            ("[quantize]\nlinear = 3", "quantize.linear is 3; expected a section"),
+            ("[training", "not a TOML file"),
+        ],
+    )
+    def test_wrong_value_is_refused_naming_the_file(self, tmp_path, toml, named):
+        message = toml_refusal(tmp_path, toml)
+        assert message.startswith(f"{tmp_path}/job.toml: ")
+        assert named in message
+
+    def test_file_that_is_no_text_is_refused(self, tmp_path):
+        (tmp_path / "job.toml").write_bytes(b"\xff\xfe")
+        assert "not a TOML file" in refusal(f"--job.config_file {tmp_path}/job.toml")
+
+    def test_missing_file_is_refused_with_those_shipped(self, tmp_path):
+        for name in (f"{tmp_path}/nope.toml", str(tmp_path)):
+            message = refusal(f"--job.config_file {name}")
+            assert repr(name) in message
+            for shipped in ("debugmodel.toml", "llama3_8b.toml", "llama3_70b.toml"):
+                assert shipped in message
+
+
+class TestShippedJobs:
+    def test_debug_model_has_every_gather_in_float8_and_needs_no_compiler(self, caplog):
+        config = parse(f"--job.config_file {SHIPPED_CONFIGS}/debugmodel.toml")
+        assert config.model.flavor == "debugmodel"
+        assert config.float8_enabled
+        assert config.quantize.linear.float8.recipe_name == "tensorwise"
+        assert config.quantize.linear.float8.float8_all_gather
+        assert config.quantize.linear.float8.precompute_scales
+        assert not config.compile.enable
+        assert config.training.text_path is None
+        assert not caplog.records
+
+    @pytest.mark.parametrize("flavor", ["8B", "70B"])
+    def test_large_models_leave_float8_and_compile_to_the_command_line(self, flavor, caplog):
+        config = parse(f"--job.config_file {SHIPPED_CONFIGS}/llama3_{flavor.lower()}.toml")
+        assert config.model.flavor == flavor
+        assert config.model.converters == []
+        assert not config.compile.enable
+        assert config.training.seq_len == 8192
+        assert config.training.text_path is None
+        assert not caplog.records
+
+    def test_documented_command_line(self):
+        config = parse(
+            f"--job.config_file {SHIPPED_CONFIGS}/llama3_8b.toml "
+            '--model.converters="quantize.linear.float8" '
+            "--quantize.linear.float8.enable_fsdp_float8_all_gather "
+            "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp "
+            "--compile.enable"
+        )
+        assert config.model.flavor == "8B"
+        assert config.float8_enabled
+        assert config.quantize.linear.float8.enable_fsdp_float8_all_gather is True
+        assert config.quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp is True
+        assert config.compile.enable
+
+    @pytest.mark.parametrize(
+        ("flag", "expected"),
+        [
+            (
+                '--quantize.linear.float8.filter_fqns="attention.wk,attention.wv,output"',
+                ["attention.wk", "attention.wv", "output"],
+            ),
+            (
+                '--quantize.linear.float8.filter_fqns="auto_filter_small_kn"',
+                ["auto_filter_small_kn"],
+            ),
+        ],
+    )
+    def test_documented_filters(self, flag, expected):
+        config = parse(f"--job.config_file {SHIPPED_CONFIGS}/llama3_8b.toml {flag}")
+        assert config.quantize.linear.float8.filter_fqns == expected
+
+
+class TestFloat8Flags:
+    @pytest.mark.parametrize(
+        ("gather", "precompute", "resolved"),
+        [
+            (None, None, (True, True)),
+            (True, None, (True, True)),
+            (None, True, (True, True)),
+            (True, True, (True, True)),
+            (None, False, (True, False)),
+            (True, False, (True, False)),
+            (False, None, (False, False)),
+            (False, False, (False, False)),
+        ],
+    )
+    def test_resolve(self, gather, precompute, resolved):
+        config = JobConfig()
+        float8 = config.quantize.linear.float8
+        float8.enable_fsdp_float8_all_gather = gather
+        float8.precompute_float8_dynamic_scale_for_fsdp = precompute
+        config.validate()
+        assert (float8.float8_all_gather, float8.precompute_scales) == resolved
+
+    def test_precompute_without_gather_is_refused(self):
+        message = refusal(
+            f"--{FLOAT8}.enable_fsdp_float8_all_gather=false "
+            f"--{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
+        )
+        assert "enable_fsdp_float8_all_gather is false" in message
+        assert "Turn the gather on" in message
+
+    def test_unknown_recipe_is_refused_with_the_nearest(self):
+        message = refusal(f"--{FLOAT8}.recipe_name=tensorwsie")
+        assert message.startswith(f"{FLOAT8}.recipe_name: ")
+        assert "'tensorwsie'" in message
+        assert "'tensorwise'" in message
+
+
+class TestRefusedValues:
+    @pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
+    def test_degrees_it_cannot_honour(self, kind):
+        key = f"parallelism.{kind}_parallel_degree"
+        assert f"{key} is 2: {kind} parallelism is not supported" in refusal(f"--{key} 2")
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "--training.steps 0",
+            "--training.local_batch_size -1",
+            "--training.global_batch_size 0",
+            "--training.global_batch_size -2",
+            "--training.seq_len 0",
+            "--training.max_norm 0",
+            "--training.max_norm nan",
+            "--optimizer.lr -1",
+            "--optimizer.lr nan",
+            "--optimizer.beta1 1",
+            "--optimizer.beta2 -0.1",
+            "--optimizer.eps -1",
+            "--optimizer.weight_decay -0.1",
+            "--lr_scheduler.warmup_steps -1",
+            "--lr_scheduler.decay_ratio 1.5",
+            "--parallelism.data_parallel_replicate_degree 0",
+            "--parallelism.data_parallel_shard_degree 0",
+            "--parallelism.data_parallel_shard_degree -2",
+            "--parallelism.tensor_parallel_degree 0",
+            "--checkpoint.interval 0",
+            "--metrics.log_freq 0",
+            "--debug.seed -1",
+            "--comm.train_timeout_seconds 0",
+        ],
+    )
+    def test_numbers_out_of_range(self, line):
+        key, value = line.removeprefix("--").split()
+        message = refusal(line)
+        assert message.startswith(f"{key} is ")
+        assert "it must be" in message
+
+    @pytest.mark.parametrize(
+        ("line", "nearest"),
+        [
+            ("--activation_checkpoint.mode=selctive", "selective"),
+            ("--training.dtype=bfloat", "bfloat16"),
+            ("--training.mixed_precision_param=float23", "float32"),
+            ("--lr_scheduler.decay_type=linaer", "linear"),
+            ("--parallelism.fsdp_reshard_after_forward=alway", "always"),
+            ("--optimizer.name=AdamX", "Adam"),
+            ("--compile.components=model,los", "loss"),
+            ("--model.name=llama", "llama3"),
+        ],
+    )
+    def test_unknown_names_with_the_nearest(self, line, nearest):
+        message = refusal(line)
+        assert line.removeprefix("--").split("=")[0] in message
+        assert f"did you mean '{nearest}" in message
+
+    @pytest.mark.parametrize("option", ["ops", "0", "-1", "1.5", ""])
+    def test_selective_option(self, option):
+        message = refusal(f"--activation_checkpoint.selective_ac_option={option}")
+        assert "selective_ac_option" in message
+        assert "'op' or a whole number" in message
+
+    def test_unknown_converter(self):
+        message = refusal("--model.converters=float8")
+        assert "'float8'" in message
+        assert "did you mean 'quantize.linear.float8'?" in message
+
+    @pytest.mark.parametrize("name", ["quantize.linear.mx", "quantize.grouped_mm.float8"])
+    def test_converters_that_are_torchtitans_alone(self, name):
+        message = refusal(f"--model.converters=quantize.linear.float8,{name}")
+        assert f"{name!r}, which is not supported yet" in message
+
+    def test_names_and_numbers_set_in_python_are_checked_too(self):
+        config = JobConfig()
+        config.activation_checkpoint.mode = "selctive"  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="did you mean 'selective'"):
+            config.validate()
+
+
+class TestDataset:
+    def test_default_is_the_built_in_text(self):
+        assert parse("").training.text_path is None
+
+    @pytest.mark.parametrize("name", ["stdlib", "text", "c4", "my_corpus"])
+    def test_path_is_read_whatever_the_name(self, name):
+        config = parse(f"--training.dataset {name} --training.dataset_path data/x.txt")
+        assert config.training.text_path == Path("data/x.txt")
+
+    @pytest.mark.parametrize("name", ["c4", "c4_test", "text"])
+    def test_without_a_path_is_refused_when_the_data_is_opened(self, name):
+        config = parse(f"--training.dataset {name}")
+        with pytest.raises(ValueError) as caught:
+            _ = config.training.text_path
+        assert f"training.dataset is {name!r}" in str(caught.value)
+        assert "training.dataset_path" in str(caught.value)
+        assert "'stdlib'" in str(caught.value)
+
+    def test_unknown_name_is_refused_with_the_nearest(self):
+        message = refusal("--training.dataset stdlb")
+        assert "training.dataset is 'stdlb'" in message
+        assert "did you mean 'stdlib'?" in message
+
+
+class TestShardDegree:
+    @pytest.mark.parametrize(
+        ("replicas", "shards", "ranks", "expected"),
+        [(1, -1, 4, 4), (2, -1, 4, 2), (4, -1, 4, 1), (1, 4, 4, 4), (2, 3, 6, 3), (1, -1, 1, 1)],
+    )
+    def test_fits(self, replicas, shards, ranks, expected):
+        config = JobConfig()
+        config.parallelism.data_parallel_replicate_degree = replicas
+        config.parallelism.data_parallel_shard_degree = shards
+        assert config.parallelism.shard_degree(ranks) == expected
+
+    @pytest.mark.parametrize(("replicas", "shards", "ranks"), [(3, -1, 4), (1, 2, 4), (8, -1, 4)])
+    def test_does_not_fit(self, replicas, shards, ranks):
+        config = JobConfig()
+        config.parallelism.data_parallel_replicate_degree = replicas
+        config.parallelism.data_parallel_shard_degree = shards
+        with pytest.raises(ValueError, match=f"do not fit {ranks} ranks"):
+            config.parallelism.shard_degree(ranks)
