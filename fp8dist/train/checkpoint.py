@@ -1,0 +1,111 @@
+"""Saving a run with torch.distributed.checkpoint, and resuming it."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from fp8dist.train.distributed import agree
+
+UNFINISHED = ".tmp"
+
+
+class Checkpointer:
+    """Writes `folder/step-N` and finds the newest one; the folder is shared by all ranks.
+
+    The model is saved as plain tensors under the unconverted model's names. Everything else
+    about the run is a dictionary of plain values that the caller owns.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self._folder, self._model, self._optimizer = folder, model, optimizer
+
+    def save(self, step: int, progress: dict[str, Any]) -> None:
+        """Write checkpoint `step`; it appears under its name only when it is complete."""
+        finished = self._folder / f"step-{step}"
+        unfinished = finished.with_name(finished.name + UNFINISHED)
+
+        def clear_way() -> None:
+            if dist.get_rank() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+        def publish() -> None:
+            if dist.get_rank() == 0:
+                shutil.rmtree(finished, ignore_errors=True)
+                os.rename(unfinished, finished)
+
+        agree(clear_way)
+        state = {**self._tensors(), "progress": json.dumps(progress)}
+        dcp.save(state, checkpoint_id=unfinished)
+        agree(publish)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Restore the newest checkpoint and return its progress; None if there is none.
+
+        Raises:
+            ValueError: on every rank: it is not of this model, or it cannot be read.
+        """
+        path = self._newest()
+        if path is None:
+            return None
+        state = {**self._tensors(), "progress": ""}
+        agree(lambda: self._check(path, state))
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(
+            self._model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        return json.loads(state["progress"])
+
+    def _tensors(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._model, self._optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def _newest(self) -> Path | None:
+        """The complete checkpoint with the highest step, as rank 0 sees it."""
+        found: list[str | None] = [None]
+        if dist.get_rank() == 0 and self._folder.is_dir():
+            steps = [
+                int(match[1])
+                for entry in self._folder.iterdir()
+                if (match := re.fullmatch(r"step-(\d+)", entry.name))
+            ]
+            found = [f"step-{max(steps)}" if steps else None]
+        dist.broadcast_object_list(found, src=0)
+        return self._folder / found[0] if found[0] is not None else None
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        """Raise ValueError unless `path` holds exactly this model's parameters, in its shapes."""
+        try:
+            metadata = dcp.FileSystemReader(path).read_metadata()
+        except Exception as error:  # missing file or broken pickle, of any exception type
+            raise ValueError(
+                f"checkpoint {path} cannot be read ({error!r}): remove it to start from an older "
+                "one or from the beginning"
+            ) from error
+        saved = {
+            name.removeprefix("model."): tuple(entry.size)
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        wanted = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"checkpoint {path} is of another model: {name} is "
+                    f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here. "
+                    "Resume with the model it was saved from, or choose another "
+                    "job.dump_folder or checkpoint.folder"
+                )

@@ -1,0 +1,91 @@
+"""The process group, and facts that one rank alone can see."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fp8dist.train.config import JobConfig
+
+T = TypeVar("T")
+
+
+def init_distributed(job: JobConfig) -> torch.device:
+    """Join the process group torchrun describes, or one of a single rank; returns the device.
+
+    GPUs communicate over NCCL, CPUs over gloo; a gloo group for Python objects is there anyway.
+
+    Raises:
+        ValueError: on every rank: a machine has more ranks than GPUs; the port is taken.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    timeout = timedelta(seconds=job.comm.train_timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    except dist.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT")
+        raise ValueError(
+            f"the ranks could not meet at {os.environ.get('MASTER_ADDR')}:{port}. If the port is "
+            f"taken, choose another with MASTER_PORT. ({str(error).splitlines()[0]})"
+        ) from error
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def choose_device() -> torch.device:
+        if not gpus:
+            return torch.device("cpu")
+        # NCCL_HOSTID makes NCCL take ranks for different machines: they may share a GPU then.
+        if local_world > gpus and "NCCL_HOSTID" not in os.environ:
+            raise ValueError(
+                f"{local_world} ranks were started on a machine with {gpus} GPUs: start at most "
+                "one per GPU (NGPU, or torchrun's --nproc-per-node), or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES='') to train on the CPU"
+            )
+        return torch.device("cuda", local_rank % gpus)
+
+    device = agree(choose_device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def agree(check: Callable[[], T]) -> T:
+    """Run `check` on every rank and return this rank's result.
+
+    What fails on one rank fails on all: the first rank's error is raised everywhere. Every rank
+    must call this, and `check` must not communicate.
+
+    Raises:
+        ValueError: `check` raised a ValueError or an OSError on some rank.
+    """
+    result, error = None, None
+    try:
+        result = check()
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, found in enumerate(errors):
+        if found is not None:
+            everywhere = all(other == found for other in errors)
+            raise ValueError(found if everywhere else f"rank {rank}: {found}")
+    return result  # type: ignore[return-value]  # no error, so check returned a T
+
+
+def same_everywhere(fact: object, what: str) -> None:
+    """Raise ValueError on every rank unless all ranks hold an equal `fact`."""
+    facts: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    for rank, other in enumerate(facts):
+        if other != facts[0]:
+            raise ValueError(
+                f"{what} differs between ranks: {facts[0]} on rank 0, {other} on rank {rank}"
+            )

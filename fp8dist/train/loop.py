@@ -1,0 +1,175 @@
+"""One training run, from a configuration to its record."""
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import fp8dist
+from fp8dist.train.checkpoint import Checkpointer
+from fp8dist.train.config import JobConfig
+from fp8dist.train.data import build_dataset, find_data
+from fp8dist.train.distributed import agree, same_everywhere
+from fp8dist.train.documents import reference_entropies
+from fp8dist.train.metrics import Reporter, RunRecord, write_json
+from fp8dist.train.model import model_shape
+from fp8dist.train.optimizer import build_optimizer, set_learning_rate
+from fp8dist.train.parallelize import build_loss, build_mesh, build_model
+from fp8dist.train.plot import plot_losses
+from fp8dist.train.wire import count_all_gathers
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run on this rank; the process group must be there.
+
+    Raises:
+        ValueError: on every rank: the configuration does not fit the ranks, the data cannot be
+            used, or the checkpoint is of another run.
+    """
+
+    def __init__(self, job: JobConfig, device: torch.device):
+        self.job, self.device = job, device
+        self.folder = Path(job.job.dump_folder)
+        if job.debug.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+        documents, tokenizer = agree(lambda: find_data(job))
+        amount = (len(documents), sum(document.length for document in documents))
+        same_everywhere(amount, "the training text (documents, bytes)")
+        shape = model_shape(job.model.flavor, tokenizer.vocab_size)
+        mesh = build_mesh(job, device, dist.get_world_size())
+        # Replicas are data-parallel too: every rank of the mesh takes its part of the batch.
+        self.data = build_dataset(
+            job, documents, tokenizer, rank=dist.get_rank(), world=dist.get_world_size()
+        )
+        self.model = build_model(job, shape, mesh, device)
+        self.wire = count_all_gathers(self.model)
+        self.loss = build_loss(job)
+        self.optimizer = build_optimizer(self.model, job)
+        self.checkpointer = (
+            Checkpointer(self.folder / job.checkpoint.folder, self.model, self.optimizer)
+            if job.checkpoint.enable
+            else None
+        )
+        self.record = RunRecord(
+            config=job.to_dict(),
+            device="CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            ranks=dist.get_world_size(),
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+        )
+        if tokenizer.name == "bytes":
+            entropies = reference_entropies(documents)
+            self.record.entropy_of_bytes = entropies.single_bytes
+            self.record.entropy_of_byte_pairs = entropies.byte_pairs
+        logger.info(
+            "%s: %.1f million parameters, %d ranks on %s, %d documents, tokenizer: %s",
+            job.model.flavor,
+            self.record.parameters / 1e6,
+            self.record.ranks,
+            self.record.device,
+            len(documents),
+            tokenizer.name,
+        )
+        if device.type == "cuda" and job.float8_enabled and not job.compile.enable:
+            logger.info(
+                "not compiled: every float8 cast is a pass over memory of its own, and float8 "
+                "can be slower than bf16; add --compile.enable"
+            )
+
+    def train(self) -> RunRecord:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Rank 0 leaves `run.json` and `loss.png` in the dump folder.
+        """
+        job = self.job
+        step = self._resume()
+        self._precompute()
+        tensorboard = job.metrics.enable_tensorboard and dist.get_rank() == 0
+        board = self.folder / job.metrics.save_tb_folder if tensorboard else None
+        reporter = agree(lambda: Reporter(self.record, job.training.steps, self.device, board))
+        unread: list[torch.Tensor] = []
+        while step < job.training.steps:
+            step += 1
+            unread.append(self._step(step))
+            reporter.count_tokens(self.data.tokens_per_step)
+            last = step == job.training.steps
+            saves = self.checkpointer is not None and (last or step % job.checkpoint.interval == 0)
+            logs = last or step == 1 or step % job.metrics.log_freq == 0
+            if logs or saves:
+                self._read(unread)
+            if logs:
+                reporter.report(step, self.optimizer.param_groups[0]["lr"])
+            if saves:
+                self._save(step)
+        reporter.close()
+        self._finish()
+        return self.record
+
+    def _step(self, step: int) -> torch.Tensor:
+        """One optimizer step; returns this rank's mean loss and the gradient norm, on device.
+
+        Nothing here waits for the device: `_read` looks at the numbers when a line is due.
+        """
+        gathered_before = self.wire.bytes
+        set_learning_rate(self.optimizer, self.job, step)
+        self.optimizer.zero_grad()
+        batches = self.data.next_step()
+        total = torch.zeros((), device=self.device)
+        for tokens, targets in batches:
+            logits = self.model(tokens.to(self.device))
+            loss = self.loss(logits, targets.to(self.device)) / len(batches)
+            del logits  # backward needs the memory
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.training.max_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.optimizer.step()
+        self._precompute()
+        self.record.gathered_bytes.append(self.wire.bytes - gathered_before)
+        return torch.stack((total, norm))
+
+    def _precompute(self) -> None:
+        """All scales of the next step in one all-reduce, if the job gathers in float8."""
+        if self.job.float8_enabled and self.job.quantize.linear.float8.precompute_scales:
+            fp8dist.precompute_float8_dynamic_scale_for_fsdp(self.model)
+
+    def _read(self, unread: list[torch.Tensor]) -> None:
+        """Move losses, averaged over the ranks, and norms into the record: one all-reduce."""
+        values = torch.stack(unread)
+        dist.all_reduce(values)
+        losses, norms = (values / dist.get_world_size()).T.tolist()
+        self.record.losses += losses
+        self.record.grad_norms += norms
+        unread.clear()
+
+    def _save(self, step: int) -> None:
+        progress = {"step": step, "data": self.data.state_dict(), **self.record.history()}
+        self.checkpointer.save(step, progress)
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; returns the number of steps already done."""
+        progress = self.checkpointer.load_newest() if self.checkpointer is not None else None
+        if progress is None:
+            return 0
+        agree(lambda: self.data.load_state_dict(progress["data"]))
+        self.record.restore_history(progress)
+        logger.info("resuming after step %d", progress["step"])
+        return progress["step"]
+
+    def _finish(self) -> None:
+        """Write the record and its picture, and say how it ended."""
+        record = self.record
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                write_json(record.to_dict(), self.folder / "run.json")
+                plot_losses({"loss": record}, self.job.job.description, self.folder / "loss.png")
+
+        agree(write)
+        logger.info(record.summary())
+        logger.info("wrote %s and %s", self.folder / "run.json", self.folder / "loss.png")

@@ -1,0 +1,128 @@
+"""From a configuration to a sharded model: convert, checkpoint, compile, shard, initialise."""
+
+import functools
+import logging
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import fp8dist
+from fp8dist.train.config import JobConfig
+from fp8dist.train.model import Llama, ModelShape
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# With option "op" the results of these are kept, and everything else is computed again.
+KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def build_mesh(job: JobConfig, device: torch.device, world_size: int) -> DeviceMesh:
+    """The mesh parameters are sharded on: 1-D for FSDP, replicas x shards for HSDP.
+
+    Raises:
+        ValueError: the degrees do not multiply to the number of ranks.
+    """
+    shards = job.parallelism.shard_degree(world_size)
+    replicas = job.parallelism.data_parallel_replicate_degree
+    if replicas == 1:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(
+        device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+
+
+def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> Llama:
+    """The sharded, initialised model of `job` on `device`; collective-free until its forward."""
+    with torch.device("meta"):
+        model = Llama(shape, job.training.seq_len).to(DTYPES[job.training.dtype])
+    if job.float8_enabled:
+        convert(model, job)
+    checkpoint_activations(model, job)
+    if job.compile.enable and "model" in job.compile.components:
+        for block in model.layers:
+            block.compile(fullgraph=True)
+    shard(model, job, mesh)
+    model.to_empty(device=device)
+    model.init_weights(job.debug.seed or 0)
+    return model
+
+
+def convert(model: nn.Module, job: JobConfig) -> None:
+    """Turn the linear layers of `model` into float8 ones, as `quantize.linear.float8` says."""
+    float8 = job.quantize.linear.float8
+    fp8dist.convert_to_float8_training(
+        model,
+        config=fp8dist.Float8Config(
+            recipe_name=float8.recipe_name,
+            enable_fsdp_float8_all_gather=float8.float8_all_gather,
+            emulate=float8.emulate,
+        ),
+        module_filter_fn=fp8dist.float8_module_filter(float8.recipe_name, float8.filter_fqns),
+    )
+
+
+def checkpoint_activations(model: Llama, job: JobConfig) -> None:
+    """Make blocks recompute their activations in backward, as `activation_checkpoint` says."""
+    mode, option = job.activation_checkpoint.mode, job.activation_checkpoint.selective_ac_option
+    if mode == "none":
+        return
+    recompute = functools.partial(checkpoint, use_reentrant=False)
+    every = 1
+    if mode == "selective" and option == "op":
+        recompute = functools.partial(
+            checkpoint,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute),
+        )
+    elif mode == "selective":
+        every = int(option)
+    for index, block in enumerate(model.layers, start=1):
+        if index % every == 0:
+            block.recompute = recompute
+
+
+def _keep_or_recompute(context, op, *args, **kwargs) -> CheckpointPolicy:  # noqa: ANN001
+    """torch's selective checkpointing asks this about every operation in a block."""
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:
+    """Apply FSDP2 to every block and to what is left of `model`."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[job.training.mixed_precision_param], reduce_dtype=torch.float32
+    )
+    reshard = job.parallelism.fsdp_reshard_after_forward != "never"
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # Backward starts where forward ended: resharding the root would gather it twice in a row.
+    last = job.parallelism.fsdp_reshard_after_forward == "always"
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=last)
+
+
+def build_loss(job: JobConfig):  # noqa: ANN201
+    """The function (logits, targets) -> mean cross entropy in nats, compiled if asked."""
+    if job.compile.enable and "loss" in job.compile.components:
+        return torch.compile(cross_entropy)
+    return cross_entropy
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats of (batch, seq, vocab) logits and (batch, seq) ids, float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(0, 1))
