@@ -155,9 +155,9 @@ class Float8Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, DTensor):
             raise ValueError(
-                f"{self._name()}: the weight is still a DTensor in forward ({self.weight.placements}"
-                "): call the module that fully_shard was applied to, so that it gathers the weight; "
-                "tensor-parallel plans for Float8Linear are not supported"
+                f"{self._name()}: its weight is still a DTensor in forward, placed as "
+                f"{self.weight.placements}: call the module that fully_shard was applied to, which "
+                "gathers the weight; tensor-parallel plans for Float8Linear are not supported"
             )
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))

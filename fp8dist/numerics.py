@@ -22,9 +22,9 @@ def amax(x: torch.Tensor, block: Block) -> torch.Tensor:
     Returns:
         (M / block rows, N / block columns), dtype of x.
     """
-    rows, columns = (size if side == WHOLE else side for size, side in zip(x.shape, block))
+    rows, columns = (x.size(dim) if block[dim] == WHOLE else block[dim] for dim in (0, 1))
     if x.numel() == 0:
-        return x.new_zeros(tuple(1 if s == WHOLE else n // s for n, s in zip(x.shape, block)))
+        return x.new_zeros(x.size(0) // rows if rows else 1, x.size(1) // columns if columns else 1)
     blocks = x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # 4D
     return blocks.abs().amax(dim=(1, 3))
 

@@ -25,7 +25,7 @@ def local_amaxes(shards: Sequence[torch.Tensor], device: torch.device) -> torch.
         return amaxes
     if shards[0].is_cuda:
         # One launch for all shards.
-        norms = torch._foreach_norm([shards[i] for i in filled], ord=torch.inf)
+        norms = list(torch._foreach_norm([shards[i] for i in filled], ord=torch.inf))
     else:
         # The CPU's norm kernel is not vectorized.
         norms = [numerics.amax(shards[i], (-1, -1)).view(()) for i in filled]

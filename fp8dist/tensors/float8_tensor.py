@@ -51,7 +51,7 @@ class Float8Tensor(torch.Tensor):
         return numerics.dequantize(self._data, self._scale).to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -74,7 +74,7 @@ class Float8Tensor(torch.Tensor):
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return ["_data", "_scale"], self.dtype

@@ -114,7 +114,7 @@ class Float8ShardedWeight(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -136,7 +136,7 @@ class Float8ShardedWeight(torch.Tensor):
             return args[0]  # an in-place op returns what it was called on
         return out
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["_tensor"], None

@@ -32,6 +32,11 @@ logger = logging.getLogger("fp8dist")
 # compared on the tensor that was seen, whether or not it is still the parameter's.
 
 
+def local_shard(param: DTensor) -> Any:
+    """This rank's `Float8ShardedWeight` of a parameter."""
+    return param._local_tensor
+
+
 class Edits:
     """Counts in-place writes to one parameter, shared by all views of it."""
 
@@ -52,7 +57,7 @@ class Seen:
 
     @classmethod
     def now(cls, param: DTensor) -> "Seen":
-        inner, edits = param._local_tensor._tensor, param._local_tensor._edits
+        inner, edits = local_shard(param)._tensor, local_shard(param)._edits
         return cls(param, param._version, inner, inner._version, edits, edits.count)
 
     def still_holds(self, param: DTensor) -> bool:
@@ -60,7 +65,7 @@ class Seen:
             self.param is param
             and self.param_version == param._version
             and self.inner_version == self.inner._version
-            and self.edits is param._local_tensor._edits
+            and self.edits is local_shard(param)._edits
             and self.edit_count == self.edits.count
         )
 
@@ -151,7 +156,7 @@ def padded_shard_size(param: DTensor) -> torch.Size:
 
 def update_scales(states: list[WeightState], params: list[DTensor]) -> None:
     """Compute the scales of parameters sharded over one group: one all-reduce for all."""
-    shards = [param._local_tensor._tensor for param in params]
+    shards = [local_shard(param)._tensor for param in params]
     device = shards[0].device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
