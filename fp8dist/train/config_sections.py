@@ -127,7 +127,7 @@ class TrainingSection:
         does not say where it is.
         """
         if self.dataset_path is not None:
-            return Path(self.dataset_path)
+            return Path(self.dataset_path).expanduser()
         if self.dataset == BUILT_IN_DATASET:
             return None
         raise ValueError(

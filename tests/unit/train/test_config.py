@@ -309,7 +309,7 @@ class TestCommandLine:
     def test_negated_flag_takes_no_value(self):
         assert "takes no value" in refusal("--compile.no_enable=true")
 
-    @pytest.mark.parametrize("columns", ["80", "250"])
+    @pytest.mark.parametrize("columns", ["80", "200"])
     def test_help_shows_every_key_with_its_meaning(self, capsys, monkeypatch, columns):
         monkeypatch.setenv("COLUMNS", columns)
         with pytest.raises(SystemExit) as caught:
@@ -450,6 +450,14 @@ class TestToml:
             assert repr(name) in message
             for shipped in ("debugmodel.toml", "llama3_8b.toml", "llama3_70b.toml"):
                 assert shipped in message
+
+    def test_missing_file_is_refused_with_its_neighbours_where_none_are_shipped(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("fp8dist.train.config.SHIPPED_CONFIGS", tmp_path / "absent")
+        (tmp_path / "mine.toml").touch()
+        message = refusal(f"--job.config_file {tmp_path}/mien.toml")
+        assert message.endswith(f"those in {tmp_path}: mine.toml")
 
 
 class TestShippedJobs:
