@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: ./scripts/run_train.sh [--section.key value ...]
+# Train: ./scripts/run_train.sh [--section.key value ...]; --help lists the keys.
 #
 #   CONFIG_FILE   the job's TOML, from here or from the repository's root
 #                 (default: scripts/configs/debugmodel.toml)
@@ -18,6 +18,10 @@ if [[ ! -f $config ]]; then
 fi
 
 use_python train
+# The repository's own fp8dist, also from another folder and where it is not installed.
+export PYTHONPATH=$repo_root${PYTHONPATH:+:$PYTHONPATH}
+case " $* " in *" --help "* | *" -h "*) exec "$python" -m fp8dist.train --help ;; esac
+
 if [[ $gpus == 0 ]] && gpu_visible; then
   echo "GPUs are visible, but the torch of $python cannot use them: training on the CPU." \
     "If that torch is a CPU build in .venv, remove .venv and run this again." >&2
@@ -30,13 +34,16 @@ for pair in "NGPU=$ranks" "NNODES=$nodes"; do
   [[ ${pair#*=} =~ ^[1-9][0-9]*$ ]] || die "$pair: a positive number is needed."
 done
 [[ $node =~ ^[0-9]+$ ]] && ((node < nodes)) || die "NODE_RANK=$node: 0 to $((nodes - 1)) is needed."
-if ((nodes > 1)) && [[ -z ${MASTER_ADDR:-} ]]; then
-  die "NNODES=$nodes needs MASTER_ADDR, the host name or address of the node with NODE_RANK=0."
-fi
-
 # One node alone meets on a port that is free, several on one that all of them know.
-host=${MASTER_ADDR:-localhost}
-port=${MASTER_PORT:-$( ((nodes > 1)) && echo 29500 || echo 0)}
+if ((nodes == 1)); then
+  host=localhost
+  port=${MASTER_PORT:-0}
+else
+  host=${MASTER_ADDR:-}
+  port=${MASTER_PORT:-29500}
+  [[ -n $host ]] || die "NNODES=$nodes needs MASTER_ADDR, the host name or address of the node" \
+    "with NODE_RANK=0."
+fi
 [[ $port =~ ^[0-9]+$ ]] && ((port < 65536)) || die "MASTER_PORT=$port: a port number is needed."
 if ((node == 0 && port > 0)); then
   "$python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1])))' "$port" \
@@ -54,8 +61,6 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
 fi
 
-# The repository's own fp8dist, also from another folder and where it is not installed.
-export PYTHONPATH=$repo_root${PYTHONPATH:+:$PYTHONPATH}
 # Connection attempts that are retried are no news; errors are.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 

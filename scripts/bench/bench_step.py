@@ -1,0 +1,282 @@
+"""Time a training step under FSDP2 for several ways to do its linear layers.
+
+    torchrun --nproc-per-node 1 scripts/bench/bench_step.py --variants bf16,fp8dist:tensorwise
+
+Variants, the first of which is what the others are compared to:
+
+    bf16                        nothing converted
+    torchao:RECIPE[+ag]         torchao; +ag: with its float8 all-gather (tensorwise only)
+    fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
+                                all three matmuls
+
+A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory
+and the last loss. The output layer is never converted. With more ranks than GPUs NCCL takes each
+rank for a host of its own and talks over loopback sockets, so bytes weigh as on a slow network:
+
+    torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
+        --layers 4 --dim 2048 --ffn 7168 --seq 2048 --vocab 2048
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from bench_model import Decoder, Shape
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import ProfilerActivity, profile
+
+DEFAULT_VARIANTS = (
+    "bf16,torchao:tensorwise,torchao:tensorwise+ag,torchao:rowwise,fp8dist:tensorwise"
+)
+WARM_UP_STEPS = 4
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the linear layers, from its name on the command line."""
+
+    name: str
+    library: str
+    recipe: str
+    gather: bool
+    fast_accum: bool
+
+    @classmethod
+    def parse(cls, name: str) -> "Variant":
+        if name == "bf16":
+            return cls(name, "bf16", "", gather=False, fast_accum=False)
+        if match := re.fullmatch(r"torchao:(\w+)(\+ag)?", name):
+            if match[2] and match[1] != "tensorwise":
+                raise ValueError(f"{name}: torchao gathers in float8 for tensorwise only")
+            return cls(name, "torchao", match[1], gather=bool(match[2]), fast_accum=False)
+        if match := re.fullmatch(r"fp8dist:(\w+)(-ag)?(\+fa)?", name):
+            return cls(name, "fp8dist", match[1], gather=not match[2], fast_accum=bool(match[3]))
+        raise ValueError(f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag][+fa]")
+
+    def convert(self, model: nn.Module) -> Callable[[nn.Module], None] | None:
+        """Convert in place; returns what to call after each optimizer step."""
+        if self.library == "torchao":
+            import torchao.float8 as library
+
+            config = library.Float8LinearConfig.from_recipe_name(self.recipe)
+            if self.gather:
+                config = library.Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+        elif self.library == "fp8dist":
+            import fp8dist as library
+
+            config = library.Float8Config(
+                recipe_name=self.recipe,
+                enable_fsdp_float8_all_gather=self.gather,
+                fast_accum=True if self.fast_accum else None,
+            )
+        else:
+            return None
+        library.convert_to_float8_training(
+            model, config=config, module_filter_fn=lambda module, fqn: "output" not in fqn
+        )
+        return library.precompute_float8_dynamic_scale_for_fsdp if self.gather else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a variant, on rank 0."""
+
+    variant: str
+    tokens_per_second: float
+    ratio: float
+    peak_gib: float | None
+    loss: float
+
+    def __str__(self) -> str:
+        peak = "   n/a" if self.peak_gib is None else f"{self.peak_gib:6.2f}"
+        return (
+            f"{self.variant:28s} {self.tokens_per_second:9.0f} tok/s/rank  x{self.ratio:.3f}  "
+            f"peak {peak} GiB  loss {self.loss:.4f}"
+        )
+
+
+class Training:
+    """A sharded model, its optimizer and one batch."""
+
+    def __init__(self, variant: Variant, args: argparse.Namespace, mesh: DeviceMesh) -> None:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            self.model = Decoder(Shape(args.vocab, args.dim, args.layers, args.ffn))
+        self.after_step = variant.convert(self.model)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in self.model.layers:
+            if not args.no_compile:
+                layer.compile(fullgraph=True)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        self.model.to_empty(device=DEVICE)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(std=0.02)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.tokens = torch.randint(0, args.vocab, (args.batch, args.seq), device=DEVICE)
+        self.labels = self.tokens.roll(-1, dims=1).flatten()
+        self.microbatches = args.microbatches
+
+    def step(self) -> torch.Tensor:
+        """One optimizer step; returns the loss of its last microbatch."""
+        for remaining in reversed(range(self.microbatches)):
+            self.model.set_requires_gradient_sync(remaining == 0)
+            logits = self.model(self.tokens).flatten(0, 1).float()
+            loss = F.cross_entropy(logits, self.labels)
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.after_step is not None:
+            self.after_step(self.model)
+        return loss.detach()
+
+    def timed_step(self) -> tuple[float, torch.Tensor]:
+        """Seconds of a step, until the device is done, and its loss."""
+        start = time.perf_counter()
+        loss = self.step()
+        synchronize()
+        return time.perf_counter() - start, loss
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def kernel_report(training: Training) -> str:
+    """The kernels of one step, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as profiler:
+        training.step()
+        synchronize()
+
+    def microseconds(event) -> float:
+        return event.self_device_time_total if CUDA else event.self_cpu_time_total
+
+    events = [event for event in profiler.key_averages() if microseconds(event) > 0]
+    events.sort(key=microseconds, reverse=True)
+    total = sum(map(microseconds, events)) / 1e3
+    lines = [f"    {sum(event.count for event in events)} kernels, {total:.1f} ms"]
+    for event in events[:25]:
+        lines.append(f"    {microseconds(event) / 1e3:8.2f} ms x{event.count:5d} {event.key[:110]}")
+    return "\n".join(lines)
+
+
+def measure(
+    variant: Variant, args: argparse.Namespace, mesh: DeviceMesh, baseline: float | None
+) -> tuple[Row, str]:
+    """The row of a variant and, with --profile, its kernels. `baseline` is the first row's rate."""
+    torch._dynamo.reset()
+    training = Training(variant, args, mesh)
+    for _ in range(WARM_UP_STEPS):
+        training.step()
+    synchronize()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, losses = zip(*(training.timed_step() for _ in range(args.steps)), strict=True)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
+    rate = args.microbatches * args.batch * args.seq / statistics.median(seconds)
+    row = Row(variant.name, rate, rate / (baseline or rate), peak, losses[-1].item())
+    return row, kernel_report(training) if args.profile else ""
+
+
+def setting() -> dict[str, object]:
+    """Where and when: the GPU, the versions, the date."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchao", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if CUDA:
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "gpu": torch.cuda.get_device_name() if CUDA else None,
+        "ranks": dist.get_world_size(),
+        "versions": versions,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", default=DEFAULT_VARIANTS, help="comma-separated")
+    for name, default in {
+        "layers": 8,
+        "dim": 4096,
+        "ffn": 14336,
+        "vocab": 32000,
+        "batch": 1,
+        "seq": 8192,
+        "microbatches": 1,
+        "steps": 10,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
+    parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
+    return parser.parse_args()
+
+
+def init_distributed() -> None:
+    if not CUDA:
+        dist.init_process_group("gloo")
+        return
+    gpus = torch.cuda.device_count()
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+        # NCCL refuses two ranks on one GPU unless it takes them for two hosts.
+        os.environ.setdefault("NCCL_HOSTID", f"host{os.environ['RANK']}")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+
+
+def main() -> None:
+    args = parse_arguments()
+    variants = [Variant.parse(name) for name in args.variants.split(",")]
+    init_distributed()
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    rows: list[Row] = []
+    for variant in variants:
+        row, kernels = measure(
+            variant, args, mesh, baseline=rows[0].tokens_per_second if rows else None
+        )
+        rows.append(row)
+        if dist.get_rank() == 0:
+            print("\n".join(filter(None, [str(row), kernels])), flush=True)
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+    if args.json is not None and dist.get_rank() == 0:
+        report = setting() | {
+            "arguments": {key: value for key, value in vars(args).items() if key != "json"},
+            "rows": [asdict(row) for row in rows],
+        }
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
