@@ -1,0 +1,115 @@
+"""What counts as hardware with float8 matmuls, and what is said where there is none."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fp8dist import hardware
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Answers are remembered for the life of a process."""
+    for cached in (hardware._capability, hardware._log_emulation):
+        cached.cache_clear()
+    yield
+    for cached in (hardware._capability, hardware._log_emulation):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, tuple[int, int]]]:
+    """The compute capability of each CUDA device, to be filled in."""
+    by_index: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", by_index.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
+    monkeypatch.setattr(torch.version, "hip", None)
+    yield by_index
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ((7, 5), False),
+        ((8, 0), False),
+        ((8, 6), False),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), True),
+        ((12, 0), True),
+    ],
+)
+def test_float8_matmul_by_capability(
+    capability: dict[int, tuple[int, int]], found: tuple[int, int], expected: bool
+) -> None:
+    capability[0] = found
+    assert hardware.has_float8_matmul(CUDA) is expected
+    assert hardware.multiplies_float8(CUDA, emulate=False) is expected
+
+
+def test_each_device_is_asked(capability: dict[int, tuple[int, int]]) -> None:
+    capability |= {0: (8, 0), 1: (9, 0)}
+    assert not hardware.has_float8_matmul(torch.device("cuda", 0))
+    assert hardware.has_float8_matmul(torch.device("cuda", 1))
+
+
+def test_emulate_overrides_the_hardware(capability: dict[int, tuple[int, int]]) -> None:
+    capability[0] = (9, 0)
+    assert not hardware.multiplies_float8(CUDA, emulate=True)
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("meta")])
+def test_only_cuda_devices_have_it(device: torch.device) -> None:
+    assert not hardware.has_float8_matmul(device)
+
+
+def test_rocm_is_not_taken_for_cuda(
+    capability: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There "cuda" devices have capabilities of another numbering (9.4 is an MI300)."""
+    capability[0] = (9, 4)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not hardware.has_float8_matmul(CUDA)
+
+
+def test_emulation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        for _ in range(3):
+            assert not hardware.multiplies_float8(CPU, emulate=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "float8 matmuls are emulated on cpu: operands are dequantized and multiplied in float32"
+    ]
+
+
+def test_the_log_names_the_gpu(
+    capability: dict[int, tuple[int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    capability[0] = (8, 0)
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        hardware.multiplies_float8(CUDA, emulate=False)
+    assert "NVIDIA A100" in caplog.text
+
+
+def test_emulation_that_was_asked_for_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        hardware.multiplies_float8(CPU, emulate=True)
+    assert not caplog.records
+
+
+def test_hardware_with_float8_logs_nothing(
+    capability: dict[int, tuple[int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    capability[0] = (9, 0)
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        hardware.multiplies_float8(CUDA, emulate=False)
+    assert not caplog.records
+
+
+@pytest.mark.gpu
+def test_this_gpu_agrees_with_its_capability() -> None:
+    expected = torch.cuda.get_device_capability() >= (8, 9)
+    assert hardware.has_float8_matmul(torch.device("cuda")) is expected
