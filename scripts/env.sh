@@ -35,7 +35,10 @@ or newer; $found is $("$found" -V 2>&1). Name another with PYTHON=/path/to/pytho
 # the agents of several nodes may share the folder.
 make_venv() (
   exec 9>"$repo_root/.venv.lock"
-  if command -v flock >/dev/null; then flock 9; fi
+  if command -v flock >/dev/null && ! flock -n 9; then
+    echo "Waiting for another process that is filling $venv" >&2
+    flock 9
+  fi
   if [[ ! -e $unfinished && -x $venv/bin/python ]] && probe "$venv/bin/python" "$1" >/dev/null; then
     exit 0
   fi
