@@ -1,46 +1,73 @@
 """What the user asks for (`Float8Config`) and what each recipe means (`RECIPES`)."""
 
 import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
 
+logger = logging.getLogger("fp8dist")
+
 # [Note: blocks]
 # The elements that share a scale form a block of (rows, columns) of a 2-D tensor; WHOLE stands
 # for the whole dimension. The scales of a (M, N) tensor are a (M / rows, N / columns) tensor, so
-# they broadcast (after repeating) over the data and cut along the same dimensions.
+# they broadcast (after repeating) over the data and cut along the same dimensions. Transposing a
+# tensor transposes its block and its scales.
 Block = tuple[int, int]
 WHOLE = -1
 TENSOR: Block = (WHOLE, WHOLE)
+ROW: Block = (1, WHOLE)
+COLUMN: Block = (WHOLE, 1)
+
+# How an amax becomes a scale:
+#   "exact"        float8_max / amax, float32
+#   "power_of_2"   the same, rounded down to a power of two
+#   "e8m0"         as power_of_2, over the range of an 8-bit exponent (OCP MX specification 1.0);
+#                  one byte on the wire
+ScaleFormat = Literal["exact", "power_of_2", "e8m0"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the operands of a linear layer's three matmuls are scaled and cast.
 
-    Blocks are given for 2-D tensors whose last dimension is contracted: input (M, K),
-    weight (N, K), grad_output (M, N).
+    Blocks are those of the tensors input (M, K), weight (N, K) and grad_output (M, N) as they
+    lie. Two of the matmuls contract another dimension of an operand than the first does:
+
+        output      = input       @ weight^T      input, weight
+        grad_input  = grad_output @ weight        grad_output, weight_for_grad_input
+        grad_weight = grad_output^T @ input       grad_output_for_grad_weight, input_for_grad_weight
+
+    The last two are None where grad_weight is computed in high precision.
     """
 
     name: str
     input: Block
     weight: Block
     grad_output: Block
+    weight_for_grad_input: Block
+    input_for_grad_weight: Block | None
+    grad_output_for_grad_weight: Block | None
     input_dtype: torch.dtype = torch.float8_e4m3fn
     weight_dtype: torch.dtype = torch.float8_e4m3fn
     grad_output_dtype: torch.dtype = torch.float8_e4m3fn
-    # Round scales down to powers of two.
-    power_of_2_scales: bool = False
-    # Hopper's float8 matmul takes rows of a multiple of 16 bytes (cuBLAS documentation,
-    # "FP8 data types": all dimensions must be multiples of 16).
+    scale_format: ScaleFormat = "power_of_2"
+    # K and N must be multiples of it: of the block, and of 16 for cuBLAS (its documentation,
+    # "FP8 data types").
     dim_multiple: int = 16
+    # Compute capabilities whose float8 units take these scales, first and last (None: no last).
+    min_capability: tuple[int, int] = (8, 9)
+    max_capability: tuple[int, int] | None = None
 
 
+# tensorwise, rowwise and rowwise_with_gw_hp are torchao's recipes of these names; blockwise is the
+# layout of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2); mxfp8_rceil and its _wgrad_with_hp are
+# torchao's MX training recipes.
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -49,10 +76,78 @@ RECIPES: Mapping[str, Recipe] = {
             input=TENSOR,
             weight=TENSOR,
             grad_output=TENSOR,
+            weight_for_grad_input=TENSOR,
+            input_for_grad_weight=TENSOR,
+            grad_output_for_grad_weight=TENSOR,
             grad_output_dtype=torch.float8_e5m2,
+            scale_format="exact",
+        ),
+        Recipe(
+            name="rowwise",
+            input=ROW,
+            weight=ROW,
+            grad_output=ROW,
+            weight_for_grad_input=COLUMN,
+            input_for_grad_weight=COLUMN,
+            grad_output_for_grad_weight=COLUMN,
+        ),
+        Recipe(
+            name="rowwise_with_gw_hp",
+            input=ROW,
+            weight=ROW,
+            grad_output=ROW,
+            weight_for_grad_input=TENSOR,
+            input_for_grad_weight=None,
+            grad_output_for_grad_weight=None,
+        ),
+        Recipe(
+            name="blockwise",
+            input=(1, 128),
+            weight=(128, 128),
+            grad_output=(1, 128),
+            weight_for_grad_input=(128, 128),
+            input_for_grad_weight=(128, 1),
+            grad_output_for_grad_weight=(128, 1),
+            dim_multiple=128,
+            # cuBLAS has 1x128 and 128x128 scales on Hopper only.
+            min_capability=(9, 0),
+            max_capability=(9, 0),
+        ),
+        Recipe(
+            name="mxfp8_rceil",
+            input=(1, 32),
+            weight=(1, 32),
+            grad_output=(1, 32),
+            weight_for_grad_input=(32, 1),
+            input_for_grad_weight=(32, 1),
+            grad_output_for_grad_weight=(32, 1),
+            scale_format="e8m0",
+            dim_multiple=32,
+            min_capability=(10, 0),
+        ),
+        Recipe(
+            name="mxfp8_rceil_wgrad_with_hp",
+            input=(1, 32),
+            weight=(1, 32),
+            grad_output=(1, 32),
+            weight_for_grad_input=(32, 1),
+            input_for_grad_weight=None,
+            grad_output_for_grad_weight=None,
+            scale_format="e8m0",
+            dim_multiple=32,
+            min_capability=(10, 0),
         ),
     )
 }
+
+_SHORT_NAMES = {"mxfp8": "mxfp8_rceil"}
+# Names that torchao has dropped.
+_RENAMED = {
+    "mxfp8_cublas": "mxfp8_rceil",
+    "mxfp8_cublas_rceil": "mxfp8_rceil",
+    "mxfp8_emulated": "mxfp8_rceil",
+}
+_TORCHAO_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 
 
 def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
@@ -68,6 +163,9 @@ def recipe(name: str) -> Recipe:
     Raises:
         ValueError: there is no such recipe; the message names the nearest.
     """
+    if name in _RENAMED:
+        raise ValueError(f"recipe {name!r} is called {_RENAMED[name]!r} now")
+    name = _SHORT_NAMES.get(name, name)
     if name not in RECIPES:
         raise ValueError(f"unknown float8 recipe {name!r}: {nearest(name, RECIPES)}")
     return RECIPES[name]
@@ -87,7 +185,7 @@ class Float8Config:
     """How `convert_to_float8_training` makes a linear layer compute and communicate.
 
     Args:
-        recipe_name: a name in `fp8dist.config.RECIPES`.
+        recipe_name: a name in `fp8dist.config.RECIPES`, or "mxfp8", short for "mxfp8_rceil".
         enable_fsdp_float8_all_gather: FSDP2 gathers the weight as float8, one byte per
             element. Off, FSDP2 gathers `MixedPrecisionPolicy.param_dtype` and every forward
             and backward casts the gathered weight.
@@ -114,7 +212,7 @@ class Float8Config:
 
     @property
     def recipe(self) -> Recipe:
-        return RECIPES[self.recipe_name]
+        return recipe(self.recipe_name)
 
     @property
     def fast_accum_by_matmul(self) -> FastAccum:
@@ -139,19 +237,27 @@ def from_torchao(config: "Float8LinearConfig") -> Float8Config:
             "Float8LinearConfig.pad_inner_dim=True is not supported: leave layers whose "
             "dimensions are not multiples of 16 out with module_filter_fn"
         )
-    oracles = {name: Float8LinearConfig.from_recipe_name(name) for name in RECIPES}
+    oracles = {name: Float8LinearConfig.from_recipe_name(name) for name in _TORCHAO_RECIPES}
     differing = {name: _differing_fields(config, oracle) for name, oracle in oracles.items()}
     name = min(differing, key=lambda candidate: len(differing[candidate]))
     if differing[name]:
         field = differing[name][0]
         raise ValueError(
-            f"the Float8LinearConfig matches no recipe of fp8dist ({', '.join(RECIPES)}); nearest "
+            f"the Float8LinearConfig matches no recipe of fp8dist ({', '.join(oracles)}); nearest "
             f"is {name!r}, from which it differs in {field}={getattr(config, field)!r} (there "
             f"{getattr(oracles[name], field)!r}): use Float8LinearConfig.from_recipe_name({name!r})"
         )
+    gather = config.enable_fsdp_float8_all_gather
+    if not gather and RECIPES[name].weight != TENSOR:
+        logger.info(
+            "Float8LinearConfig cannot ask for a float8 all-gather of %s weights: they get one. "
+            "fp8dist.Float8Config(enable_fsdp_float8_all_gather=False) turns it off",
+            name,
+        )
+        gather = True
     return Float8Config(
         recipe_name=name,
-        enable_fsdp_float8_all_gather=config.enable_fsdp_float8_all_gather,
+        enable_fsdp_float8_all_gather=gather,
         fast_accum=FastAccum(
             output=config.gemm_config_output.use_fast_accum,
             grad_input=config.gemm_config_grad_input.use_fast_accum,

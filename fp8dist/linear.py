@@ -4,34 +4,58 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from fp8dist import numerics
-from fp8dist.config import Float8Config
+from fp8dist.config import Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
+from fp8dist.numerics import Scaled
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_state import WeightState
 
 
-def _quantized_weight(
-    weight: torch.Tensor, config: Float8Config
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(data, scale) of a weight that arrived in float8, or cast here."""
+def _quantize(x: torch.Tensor, block: Block, dtype: torch.dtype, recipe: Recipe) -> Scaled:
+    """Quantize a tensor whose rows are tokens: their number need not be a multiple of the block."""
+    if block[0] > 1 and x.size(0) % block[0]:
+        x = F.pad(x, (0, 0, 0, -x.size(0) % block[0]))
+    return numerics.quantize(x, block, dtype, recipe.scale_format)
+
+
+def _hp(weight: torch.Tensor) -> torch.Tensor:
+    # A Float8ShardedWeight is met here where FSDP2 does not shard the layer.
+    return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+
+
+def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
+    """The operand of output: as it arrived in float8, or cast here."""
     if isinstance(weight, Float8Tensor):
-        return weight._data, weight._scale
-    if isinstance(weight, Float8ShardedWeight):  # not sharded: no all-gather has cast it
-        weight = weight._tensor
-    recipe = config.recipe
-    return numerics.quantize(weight, recipe.weight, recipe.weight_dtype, recipe.power_of_2_scales)
+        return Scaled(*weight.unpack(), recipe.weight)
+    return _quantize(_hp(weight), recipe.weight, recipe.weight_dtype, recipe)
+
+
+def _weight_for_grad_input(weight: torch.Tensor, recipe: Recipe) -> Scaled:
+    """The operand of grad_input: derived from what arrived, or cast here."""
+    block = recipe.weight_for_grad_input
+    if not isinstance(weight, Float8Tensor):
+        return _quantize(_hp(weight), block, recipe.weight_dtype, recipe)
+    data, scale = weight.unpack()
+    if block == recipe.weight:
+        return Scaled(data, scale, block)
+    new_scale = weight._scale_for_grad_input
+    if new_scale is None:
+        return _quantize(numerics.dequantize(data, scale), block, recipe.weight_dtype, recipe)
+    return Scaled(numerics.rescale(data, scale, new_scale), new_scale, block)
 
 
 @torch._dynamo.allow_in_graph
 class _Float8Matmul(torch.autograd.Function):
-    """output = input @ weight^T, with all three matmuls of forward and backward in float8.
+    """output = input @ weight^T, with all matmuls of forward and backward that the recipe says.
 
-    Saved for backward are the float8 input and the weight itself, never a copy of the weight:
-    FSDP2 frees the unsharded weight after forward and refills its storage before backward.
+    Saved for backward are the input as grad_weight multiplies it and the weight itself, never a
+    copy of the weight: FSDP2 frees the unsharded weight after forward and refills its storage
+    before backward.
     """
 
     @staticmethod
@@ -39,18 +63,23 @@ class _Float8Matmul(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, config: Float8Config
     ) -> torch.Tensor:
         recipe = config.recipe
-        data, scale = numerics.quantize(
-            input, recipe.input, recipe.input_dtype, recipe.power_of_2_scales
-        )
-        weight_data, weight_scale = _quantized_weight(weight, config)
-        ctx.save_for_backward(data, scale, weight)
+        scaled = _quantize(input, recipe.input, recipe.input_dtype, recipe)
+        saved: tuple[torch.Tensor, ...] = ()
+        if not ctx.needs_input_grad[1]:
+            pass
+        elif recipe.input_for_grad_weight is None:
+            saved = (input,)
+        elif recipe.input_for_grad_weight == recipe.input:
+            saved = (scaled.data, scaled.scale)
+        else:
+            saved = _quantize(input, recipe.input_for_grad_weight, recipe.input_dtype, recipe)[:2]
+        ctx.save_for_backward(weight, *saved)
         ctx.config = config
         return scaled_matmul(
-            data,
-            scale,
-            weight_data,
-            weight_scale,
+            scaled,
+            _weight(weight, recipe),
             input.dtype,
+            recipe,
             fast_accum=config.fast_accum_by_matmul.output,
             emulate=config.emulate,
         )
@@ -59,31 +88,34 @@ class _Float8Matmul(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        input_data, input_scale, weight = ctx.saved_tensors
+        weight, *saved_input = ctx.saved_tensors
         config: Float8Config = ctx.config
-        recipe = config.recipe
-        data, scale = numerics.quantize(
-            grad_output, recipe.grad_output, recipe.grad_output_dtype, recipe.power_of_2_scales
-        )
+        recipe, dtype = config.recipe, config.recipe.grad_output_dtype
+        needs_input_grad, needs_weight_grad, _ = ctx.needs_input_grad
         grad_input = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            weight_data, weight_scale = _quantized_weight(weight, config)
+        scaled = _quantize(grad_output, recipe.grad_output, dtype, recipe)
+        if needs_input_grad:
             grad_input = scaled_matmul(
-                data,
-                scale,
-                weight_data.t(),
-                weight_scale.t(),
+                scaled,
+                _weight_for_grad_input(weight, recipe).t(),
                 grad_output.dtype,
+                recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_input,
                 emulate=config.emulate,
             )
-        if ctx.needs_input_grad[1]:
+        input_block, block = recipe.input_for_grad_weight, recipe.grad_output_for_grad_weight
+        if not needs_weight_grad:
+            pass
+        elif input_block is None or block is None:
+            grad_weight = torch.mm(grad_output.t(), saved_input[0])
+        else:
+            if block != recipe.grad_output:
+                scaled = _quantize(grad_output, block, dtype, recipe)
             grad_weight = scaled_matmul(
-                data.t(),
-                scale.t(),
-                input_data.t(),
-                input_scale.t(),
+                scaled.t(),
+                Scaled(saved_input[0], saved_input[1], input_block).t(),
                 grad_output.dtype,
+                recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_weight,
                 emulate=config.emulate,
             )

@@ -2,59 +2,120 @@
 
 import torch
 import torch.nn.functional as F
-from torch.nn.functional import ScalingType
+from torch.nn.functional import ScalingType, SwizzleType
 
 from fp8dist import hardware, numerics
+from fp8dist.config import ROW, TENSOR, Recipe
+from fp8dist.numerics import Scaled
 
 
 def scaled_matmul(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
+    a: Scaled,
+    b: Scaled,
     output_dtype: torch.dtype,
+    recipe: Recipe,
     *,
     fast_accum: bool = False,
     emulate: bool = False,
 ) -> torch.Tensor:
-    """(a / a_scale) @ (b / b_scale)^T, the last dimension of both contracted.
+    """(a / a.scale) @ (b / b.scale)^T, the last dimension of both contracted.
 
     Hopper's float8 matmul reads both operands with the contracted dimension contiguous, so an
     operand that arrives as a transposed view is copied there; where operands are dequantized
     the view is used as it is.
 
     Args:
-        a: (M, K), float8.
-        b: (N, K), float8.
-        a_scale, b_scale: float32, (1, 1): what the data was multiplied by.
-        output_dtype: float32, bfloat16 or float16.
+        a: (M, K). b: (N, K).
+        output_dtype: float32, bfloat16 or float16. The hardware's matmuls of rows and blocks
+            write bfloat16, which is then cast.
 
     Returns:
         (M, N), output_dtype.
     """
-    if not hardware.multiplies_float8(a.device, emulate):
-        a_hp, b_hp = numerics.dequantize(a, a_scale), numerics.dequantize(b, b_scale)
-        return torch.mm(a_hp, b_hp.t()).to(output_dtype)
-    a, b = _pad_contracted(a.contiguous()), _pad_contracted(b.contiguous())
-    return F.scaled_mm(
-        a,
-        b.t(),
-        a_scale.reciprocal(),
-        ScalingType.TensorWise,
-        b_scale.reciprocal(),
-        ScalingType.TensorWise,
-        output_dtype=output_dtype,
+    if not hardware.multiplies(a.data.device, recipe, emulate):
+        return _dequantized_matmul(a, b, output_dtype, recipe)
+    a_data, b_data = _aligned(a.data), _aligned(b.data)
+    tensorwise = a.block == b.block == TENSOR
+    if a.block == ROW and b.block == TENSOR:
+        b = Scaled(b.data, b.scale.expand(b.data.size(0), 1), ROW)
+    a_type, b_type = _SCALING_TYPES[a.block], _SCALING_TYPES[b.block]
+    swizzle = SwizzleType.SWIZZLE_32_4_4 if recipe.scale_format == "e8m0" else None
+    output = F.scaled_mm(
+        a_data,
+        b_data.t(),
+        _hardware_scale(a),
+        a_type,
+        _hardware_scale(b).t() if b.block == ROW else _hardware_scale(b),
+        b_type,
+        swizzle_a=swizzle,
+        swizzle_b=swizzle,
+        output_dtype=output_dtype if tensorwise else torch.bfloat16,
         use_fast_accum=fast_accum,
     )
+    return output.to(output_dtype)
 
 
-def _pad_contracted(x: torch.Tensor) -> torch.Tensor:
-    """Zeros up to a multiple of 16 in the last dimension, which the hardware asks for.
+def _dequantized_matmul(
+    a: Scaled, b: Scaled, output_dtype: torch.dtype, recipe: Recipe
+) -> torch.Tensor:
+    a_hp, b_hp = (numerics.dequantize(x.data, x.scale) for x in (a, b))
+    # float8 times a power of two is exact in bfloat16, which tensor cores multiply much faster.
+    if a_hp.is_cuda and output_dtype == torch.bfloat16 and recipe.scale_format != "exact":
+        a_hp, b_hp = a_hp.bfloat16(), b_hp.bfloat16()
+    return torch.mm(a_hp, b_hp.t()).to(output_dtype)
+
+
+_SCALING_TYPES = {
+    TENSOR: ScalingType.TensorWise,
+    ROW: ScalingType.RowWise,
+    (1, 128): ScalingType.BlockWise1x128,
+    (128, 128): ScalingType.BlockWise128x128,
+    (1, 32): ScalingType.BlockWise1x32,
+}
+
+
+def _hardware_scale(x: Scaled) -> torch.Tensor:
+    """What dequantizes an operand, in the layout that `scaled_mm` wants for its block.
+
+    The layouts are cuBLAS's: https://docs.nvidia.com/cuda/cublas, "1D block scaling" and "2D
+    block scaling" for FP8 data types.
+    """
+    if x.block == (1, 32):
+        return to_blocked(numerics.scale_to_exponent(x.scale)).view(torch.float8_e8m0fnu)
+    inverse = x.scale.reciprocal()
+    if x.block == (1, 128):  # (rows, K / 128), rows contiguous
+        return inverse.t().contiguous().t()
+    if x.block == (128, 128):  # (K / 128 padded to 4, N / 128), the former contiguous
+        return F.pad(inverse, (0, -inverse.size(1) % 4)).contiguous().t()
+    return inverse.contiguous()
+
+
+def to_blocked(exponent: torch.Tensor) -> torch.Tensor:
+    """MX scales in the order in which Blackwell's matmul reads them.
+
+    Tiles of 128 x 4 scales lie one after the other; within one, the scale of row r and column c
+    is byte 16 * (r % 32) + 4 * (r // 32) + c (cuBLAS documentation, "1D block scaling factors
+    layout").
+
+    Args:
+        exponent: (rows, K / 32), uint8.
+
+    Returns:
+        1-D, uint8, rows padded to 128 and columns to 4 with zeros.
+    """
+    rows, columns = exponent.shape
+    padded = F.pad(exponent, (0, -columns % 4, 0, -rows % 128))
+    tiles = padded.unflatten(1, (-1, 4)).unflatten(0, (-1, 4, 32))  # 5D: tile, r // 32, r % 32,
+    return tiles.permute(0, 3, 2, 1, 4).flatten()  # tile, c
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with its last dimension contiguous and zeros up to a multiple of 16 there.
 
     K and N are multiples already (the filter sees to it); tokens, contracted by grad_weight,
     may be of any number.
     """
     missing = -x.size(1) % 16
-    if missing == 0:
-        return x
-    return F.pad(x.view(torch.uint8), (0, missing)).view(x.dtype)
+    if missing:
+        return F.pad(x.contiguous().view(torch.uint8), (0, missing)).view(x.dtype)
+    return x.contiguous()

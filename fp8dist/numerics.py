@@ -3,9 +3,11 @@
 This file is the specification. What runs on an accelerator must give the same bytes.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from fp8dist.config import WHOLE, Block
+from fp8dist.config import WHOLE, Block, ScaleFormat
 
 # A block of zeros has no scale of its own: its amax is taken as this, which keeps the scale finite
 # (torchao's `torchao.float8.float8_utils.EPS`, so that both give the same scales).
@@ -30,7 +32,7 @@ def amax(x: torch.Tensor, block: Block) -> torch.Tensor:
 
 
 def amax_to_scale(
-    amax: torch.Tensor, float8_dtype: torch.dtype, power_of_2: bool = False
+    amax: torch.Tensor, float8_dtype: torch.dtype, scale_format: ScaleFormat
 ) -> torch.Tensor:
     """scale = float8_max / amax, so that the largest element of a block becomes float8_max.
 
@@ -38,16 +40,48 @@ def amax_to_scale(
 
     Args:
         amax: any shape and floating dtype, >= 0.
-        power_of_2: round the scale down to a power of two.
+        scale_format: see `fp8dist.config.ScaleFormat`.
 
     Returns:
-        float32, the shape of amax. 0 where amax is infinite, NaN where it is NaN.
+        float32, the shape of amax. NaN where amax is NaN; where it is infinite 0, or in e8m0,
+        which has no 0, the smallest: 2^-127.
     """
     float8_max = torch.finfo(float8_dtype).max
+    if scale_format == "e8m0":
+        return exponent_to_scale(_amax_to_exponent(amax.float(), float8_max))
     scale = (float8_max / amax.double().clamp(min=AMAX_EPS)).float()
-    if power_of_2:
-        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    if scale_format == "power_of_2":
+        # Without its mantissa a float is the power of two below it.
+        rounded = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+        scale = torch.where(scale.isnan(), scale, rounded)
     return scale
+
+
+# [Note: e8m0]
+# An MX scale is stored as the biased exponent of the factor that dequantizes: the byte e stands
+# for 2^(e - 127), and 255 for NaN (OCP MX specification 1.0, section 5.4.1). Here as everywhere
+# in this package `scale` is the factor that quantizes: 2^(127 - e).
+
+
+def _amax_to_exponent(amax: torch.Tensor, float8_max: float) -> torch.Tensor:
+    """ceil(log2(amax / float8_max)) as e8m0: uint8, the shape of amax (float32)."""
+    bits = (amax / float8_max).view(torch.int32)
+    rounded_up = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return torch.where(amax.isnan(), 255, rounded_up.clamp(max=254)).to(torch.uint8)
+
+
+def scale_to_exponent(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two, float32, as e8m0: uint8 of the same shape. See [Note: e8m0]."""
+    # A NaN has the exponent 255, and -1 as uint8 is 255.
+    return (254 - ((scale.contiguous().view(torch.int32) >> 23) & 0xFF)).to(torch.uint8)
+
+
+def exponent_to_scale(exponent: torch.Tensor) -> torch.Tensor:
+    """e8m0, uint8, as powers of two: float32 of the same shape. See [Note: e8m0]."""
+    bits = (254 - exponent.int()) << 23
+    bits = torch.where(exponent == 254, 1 << 22, bits)  # 2^-127 is subnormal
+    bits = torch.where(exponent == 255, 0x7FC00000, bits)  # NaN
+    return bits.int().view(torch.float32)
 
 
 def repeat_blocks(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -76,16 +110,23 @@ def cast(x: torch.Tensor, scale: torch.Tensor, float8_dtype: torch.dtype) -> tor
     return scaled.clamp(-float8_max, float8_max).to(float8_dtype)
 
 
-def quantize(
-    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, power_of_2: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and cast a tensor by its own amaxes.
+class Scaled(NamedTuple):
+    """A quantized matrix: float8 data, its float32 scales, and the block they are for."""
 
-    Returns:
-        (data, scale): (M, N) of float8_dtype; float32, one scale per block.
-    """
-    scale = amax_to_scale(amax(x, block), float8_dtype, power_of_2)
-    return cast(x, scale, float8_dtype), scale
+    data: torch.Tensor
+    scale: torch.Tensor
+    block: Block
+
+    def t(self) -> "Scaled":
+        return Scaled(self.data.t(), self.scale.t(), (self.block[1], self.block[0]))
+
+
+def quantize(
+    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, scale_format: ScaleFormat
+) -> Scaled:
+    """Scale and cast a (M, N) tensor by its own amaxes."""
+    scale = amax_to_scale(amax(x, block), float8_dtype, scale_format)
+    return Scaled(cast(x, scale, float8_dtype), scale, block)
 
 
 def dequantize(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -96,3 +137,20 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         scale: float32, one per block of data.
     """
     return data.float() / repeat_blocks(scale, data.shape)
+
+
+def rescale(data: torch.Tensor, scale: torch.Tensor, new_scale: torch.Tensor) -> torch.Tensor:
+    """The data as it is when scaled by new_scale, from the data scaled by scale.
+
+    Between powers of two this moves exponents only, so that it equals quantizing the
+    high-precision tensor with new_scale, except for elements that are subnormal in one of the
+    two scalings.
+
+    Args:
+        data: (M, N), float8.
+        scale, new_scale: float32, powers of two, for blocks of any two shapes.
+
+    Returns:
+        (M, N), the dtype of data.
+    """
+    return cast(dequantize(data, scale), new_scale, data.dtype)

@@ -1,39 +1,135 @@
 """amaxes -> one all-reduce -> scales -> payloads, on plain tensors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from fp8dist import numerics
-from fp8dist.config import Recipe
+from fp8dist.config import TENSOR, WHOLE, Block, Recipe
+
+Size = tuple[int, int]
 
 
-def local_amaxes(shards: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """max(abs(shard)) of every shard.
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of a weight.
 
     Args:
-        shards: (n, K) each, float32, bfloat16 or float16; an empty shard counts as zeros.
-        device: where the result is wanted, the device of the collective.
+        data: (n, K) or (N, k), high precision; may be empty.
+        size: (N, K) of the weight.
+        start: the row and column of the weight at which the shard begins.
+        recipe: the weight's recipe.
+        packed: whether the scales travel in the payload (see `payload_columns`).
+    """
+
+    data: torch.Tensor
+    size: Size
+    start: Size
+    recipe: Recipe
+    packed: bool = False
+
+    @property
+    def reduced_blocks(self) -> list[Block]:
+        """The blocks whose amaxes are exchanged between ranks.
+
+        Blocks for which the backward operand is scaled are among them, as what arrives cannot
+        tell the amaxes of the high-precision weight. In e8m0 there is one scale per 32 elements,
+        too many to send two sets of: there the backward operand is scaled by what arrived.
+        """
+        if self.packed:
+            return []
+        recipe = self.recipe
+        if recipe.scale_format == "e8m0" or recipe.weight == recipe.weight_for_grad_input:
+            return [recipe.weight]
+        return [recipe.weight, recipe.weight_for_grad_input]
+
+
+def scales_size(size: Size, block: Block) -> Size:
+    """How many blocks a tensor of `size` has along each dimension."""
+    rows, columns = (
+        1 if side == WHOLE else extent // side
+        for extent, side in ((size[0], block[0]), (size[1], block[1]))
+    )
+    return rows, columns
+
+
+def compute_scales(
+    shards: Sequence[Shard], group: dist.ProcessGroup, device: torch.device
+) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
+    """The scales of all weights, with one all-reduce.
+
+    Args:
+        group: the ranks that together hold the weights.
+        device: where the collective runs.
 
     Returns:
-        (len(shards),), float32.
+        scales: for each weight one float32 tensor per `reduced_blocks`, of `scales_size`: views
+            of one buffer.
+        amaxes: 1-D, float32: all amaxes of the full weights.
+        ends: for each weight, where its amaxes end in `amaxes`.
     """
-    amaxes = torch.zeros(len(shards), dtype=torch.float32, device=device)
-    filled = [i for i, shard in enumerate(shards) if shard.numel() > 0]
-    if not filled:
-        return amaxes
-    if shards[0].is_cuda:
-        # One launch for all shards.
-        norms = list(torch._foreach_norm([shards[i] for i in filled], ord=torch.inf))
-    else:
-        # The CPU's norm kernel is not vectorized.
-        norms = [numerics.amax(shards[i], (-1, -1)).view(()) for i in filled]
-    values = torch.stack([norm.float() for norm in norms]).to(device)
-    if len(filled) == len(shards):
-        return values
-    amaxes[torch.tensor(filled, device=device)] = values
-    return amaxes
+    regions = [(shard, block) for shard in shards for block in shard.reduced_blocks]
+    sizes = [scales_size(shard.size, block) for shard, block in regions]
+    flat = torch.zeros(sum(r * c for r, c in sizes), dtype=torch.float32, device=device)
+    parts = [part.view(size) for part, size in zip(_split(flat, sizes), sizes, strict=True)]
+    _fill_amaxes(regions, parts)
+    if flat.numel() > 0:
+        all_reduce_amaxes(flat, group)
+    scales = _scales(flat, regions, sizes)
+    by_weight, i = [], 0
+    for shard in shards:
+        count = len(shard.reduced_blocks)
+        by_weight.append(scales[i : i + count])
+        i += count
+    per_weight = [sum(scale.numel() for scale in of_weight) for of_weight in by_weight]
+    return by_weight, flat, list(accumulate(per_weight))
+
+
+def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
+    return list(flat.split([rows * columns for rows, columns in sizes]))
+
+
+def _fill_amaxes(regions: list[tuple[Shard, Block]], parts: list[torch.Tensor]) -> None:
+    batched = []
+    for (shard, block), part in zip(regions, parts, strict=True):
+        if shard.data.numel() == 0:
+            continue
+        if block == TENSOR and shard.data.is_cuda:
+            batched.append((shard.data, part))
+        else:
+            fill_block_amaxes(part, shard.data, block, shard.start)
+    if batched:  # one launch for all weights
+        norms = torch._foreach_norm([data for data, _ in batched], ord=torch.inf)
+        torch._foreach_copy_([part.view(()) for _, part in batched], list(norms))
+
+
+def fill_block_amaxes(amaxes: torch.Tensor, data: torch.Tensor, block: Block, start: Size) -> None:
+    """Write the amaxes of the blocks that a shard touches; leave the others as they are.
+
+    A block that the shard holds in part gets the amax of that part: the MAX over the ranks
+    completes it.
+
+    Args:
+        amaxes: `scales_size` of the weight, float32.
+        data: the shard, not empty, at `start` of the weight.
+    """
+    padding: list[int] = []  # of the last dimension first, as F.pad has it
+    corner = []
+    for dim in (1, 0):
+        side = block[dim]
+        before = 0 if side == WHOLE else start[dim] % side
+        after = 0 if side == WHOLE else -(before + data.size(dim)) % side
+        padding += [before, after]
+        corner.append(0 if side == WHOLE else start[dim] // side)
+    if any(padding):
+        data = F.pad(data, padding)
+    local = numerics.amax(data, block)
+    column, row = corner
+    amaxes[row : row + local.size(0), column : column + local.size(1)].copy_(local)
 
 
 def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -46,32 +142,58 @@ def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
         dist.all_reduce(amaxes.view(torch.int32), op=dist.ReduceOp.MAX, group=group)
 
 
-def scales_from_amaxes(amaxes: torch.Tensor, recipes: Sequence[Recipe]) -> list[torch.Tensor]:
-    """The scale of every weight.
+def _scales(
+    flat: torch.Tensor, regions: list[tuple[Shard, Block]], sizes: list[Size]
+) -> list[torch.Tensor]:
+    """Amaxes as scales: in one go where all weights have them in one format."""
+    formats = {(shard.recipe.weight_dtype, shard.recipe.scale_format) for shard, _ in regions}
+    if len(formats) == 1:
+        ((dtype, scale_format),) = formats
+        parts = _split(numerics.amax_to_scale(flat, dtype, scale_format), sizes)
+    else:
+        parts = [
+            numerics.amax_to_scale(part, shard.recipe.weight_dtype, shard.recipe.scale_format)
+            for part, (shard, _) in zip(_split(flat, sizes), regions, strict=True)
+        ]
+    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def payload_columns(shard: Shard) -> int:
+    """Bytes of a payload's row: an element each and, packed, a scale for every 32 of them."""
+    columns = shard.data.size(1)
+    return columns + columns // shard.recipe.weight[1] if shard.packed else columns
+
+
+def cast_payload(shard: Shard, scale: torch.Tensor | None, payload: torch.Tensor) -> None:
+    """Cast a shard into the bytes that its rank contributes to the all-gather.
 
     Args:
-        amaxes: (len(recipes),), float32, reduced over the ranks.
-
-    Returns:
-        (1, 1) float32 each, views of one buffer.
+        scale: the scales of the whole weight; None if the shard is packed.
+        payload: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
     """
-    recipe = recipes[0]
-    if any(other.weight_dtype != recipe.weight_dtype for other in recipes):
-        raise AssertionError("weights of one precompute are cast to one float8 dtype")
-    scales = numerics.amax_to_scale(amaxes, recipe.weight_dtype, recipe.power_of_2_scales)
-    return list(scales.view(-1, 1, 1).unbind(0))
+    data, recipe = shard.data, shard.recipe
+    if data.numel() == 0:
+        return
+    rows = payload[: data.size(0)]
+    if scale is None:
+        columns = data.size(1)
+        scaled = numerics.quantize(data, recipe.weight, recipe.weight_dtype, recipe.scale_format)
+        rows[:, :columns].copy_(scaled.data.view(torch.uint8))
+        rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))
+    else:
+        local = _local_scale(scale, recipe.weight, shard)
+        rows.copy_(numerics.cast(data, local, recipe.weight_dtype).view(torch.uint8))
 
 
-def cast_payload(
-    shard: torch.Tensor, scale: torch.Tensor, recipe: Recipe, payload: torch.Tensor
-) -> None:
-    """Cast a shard into the bytes that this rank contributes to the all-gather.
-
-    Args:
-        shard: (n, K), high precision; n may be less than the payload's rows, also 0.
-        scale: float32, the scales of the shard's blocks.
-        payload: (padded n, K), uint8; rows from n on are left as they are.
-    """
-    if shard.numel() > 0:
-        data = numerics.cast(shard, scale, recipe.weight_dtype)
-        payload[: shard.size(0)].copy_(data.view(torch.uint8))
+def _local_scale(scale: torch.Tensor, block: Block, shard: Shard) -> torch.Tensor:
+    """The scales of the blocks that a shard's elements are in, so that they match its data."""
+    for dim in (0, 1):
+        side, extent = block[dim], shard.data.size(dim)
+        if side == WHOLE or extent == shard.size[dim]:
+            continue
+        if side == 1:
+            scale = scale.narrow(dim, shard.start[dim], extent)
+        else:
+            index = torch.arange(extent, device=scale.device) + shard.start[dim]
+            scale = scale.index_select(dim, index // side)
+    return scale

@@ -17,38 +17,57 @@ _SAME_SHAPE_OPS = {aten.as_strided.default, aten.view.default}
 
 
 class Float8Tensor(torch.Tensor):
-    """A 2-D tensor in float8 with the scale it was multiplied by; behaves as a tensor of `dtype`.
+    """A 2-D tensor in float8 with the scales it was multiplied by; behaves as one of `dtype`.
 
     `Float8Linear` multiplies `_data` itself. Any other op dequantizes first and gives a
     plain tensor, so that code which looks at a weight sees its value. Writing to one is refused.
 
     Args:
-        data: (N, K), float8, rows contiguous.
-        scale: float32, one per block of data; see [Note: blocks].
+        data: (N, K), float8; or packed, (N, K + K / 32), uint8: each row's data followed by
+            its e8m0 scales.
+        scale: one per block of data, see [Note: blocks]: float32, or uint8 for e8m0; None if
+            packed.
+        size: (N, K).
         dtype: the high-precision dtype it stands for, which its gradients have.
+        scale_for_grad_input: the scales of the recipe's `weight_for_grad_input`, where they
+            are not the same as `scale` and come from the high-precision weight.
     """
 
     _data: torch.Tensor
-    _scale: torch.Tensor
+    _scale: torch.Tensor | None
+    _scale_for_grad_input: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> "Float8Tensor":
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            data.size(),
-            strides=data.stride(),
-            storage_offset=data.storage_offset(),
-            dtype=dtype,
-            layout=data.layout,
-            device=data.device,
-        )
+    def __new__(
+        cls,
+        data: torch.Tensor,
+        scale: torch.Tensor | None,
+        size: torch.Size,
+        dtype: torch.dtype,
+        scale_for_grad_input: torch.Tensor | None = None,
+    ) -> "Float8Tensor":
+        self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=data.device)
         self._data = data
         self._scale = scale
+        self._scale_for_grad_input = scale_for_grad_input
         return self
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(data, scale): (N, K) float8 and float32."""
+        if self._scale is None:
+            columns = self.size(1)
+            data = self._data[:, :columns].view(torch.float8_e4m3fn)
+            return data, numerics.exponent_to_scale(self._data[:, columns:])
+        if self._scale.dtype == torch.uint8:
+            return self._data, numerics.exponent_to_scale(self._scale)
+        return self._data, self._scale
 
     def dequantize(self) -> torch.Tensor:
         """The value: (N, K), `dtype`."""
-        return numerics.dequantize(self._data, self._scale).to(self.dtype)
+        return numerics.dequantize(*self.unpack()).to(self.dtype)
+
+    def _with_data(self, data: torch.Tensor) -> "Float8Tensor":
+        return Float8Tensor(data, self._scale, self.shape, self.dtype, self._scale_for_grad_input)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -61,10 +80,10 @@ class Float8Tensor(torch.Tensor):
         kwargs = kwargs or {}
         source = args[0] if args else None
         if isinstance(source, cls):
-            if func in _SAME_DATA_OPS or (
-                func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(source.shape)
-            ):
-                return cls(func(source._data, *args[1:], **kwargs), source._scale, source.dtype)
+            if func in _SAME_DATA_OPS:
+                return source._with_data(func(source._data))
+            if func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(source.shape):
+                return source._with_data(source._data.detach())
         if func._schema.is_mutable:  # type: ignore[attr-defined]
             written = args[0] if func._schema.arguments[0].is_write else None  # type: ignore[attr-defined]
             if isinstance(written, cls):
@@ -76,17 +95,24 @@ class Float8Tensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["_data", "_scale"], self.dtype
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
+        names = ["_data", "_scale", "_scale_for_grad_input"]
+        return [name for name in names if getattr(self, name) is not None], (self.dtype,)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor], dtype: torch.dtype, outer_size: Any, outer_stride: Any
+        inner: dict[str, torch.Tensor],
+        meta: tuple[torch.dtype],
+        outer_size: torch.Size,
+        outer_stride: Any,
     ) -> "Float8Tensor":
-        return Float8Tensor(inner["_data"], inner["_scale"], dtype)
+        return Float8Tensor(
+            inner["_data"],
+            inner.get("_scale"),
+            outer_size,
+            meta[0],
+            inner.get("_scale_for_grad_input"),
+        )
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return (
-            f"Float8Tensor(shape={tuple(self.shape)}, data={self._data.dtype}, "
-            f"scale={tuple(self._scale.shape)}, dtype={self.dtype})"
-        )
+        return f"Float8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -157,14 +157,14 @@ class Float8ShardedWeight(torch.Tensor):
         outer_stride: tuple[int, ...],
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
-    ) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor, torch.Size]]:
+    ) -> tuple[tuple[torch.Tensor], Any]:
         """FSDP2's hook before the all-gather.
 
         `self` is the shard on the device that communicates: under CPU offload a copy of the
         parameter's local tensor, which is why edits are looked for on the parameter.
 
         Returns:
-            ((payload,), (scale, outer_size)): (padded n, K) uint8; (1, 1) float32; (N, K).
+            ((payload,), (scales, outer_size)): see `WeightState`; the metadata stays here.
         """
         state, param = module.weight_state, module.weight
         if not isinstance(state, WeightState) or not isinstance(param, DTensor):
@@ -172,19 +172,17 @@ class Float8ShardedWeight(torch.Tensor):
         if state.seen is None:
             check_reshard(state.root())
         if state.seen is None or not state.seen.still_holds(param):
-            if state.seen is not None:
+            if state.seen is not None and state.scales:
                 _warn_stale(state.fqn)
             update_scales([state], [param])
         else:
             state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
-        if state.scale is None:
-            raise AssertionError(f"{state.fqn}: update_scales set no scale")
-        return (state.current_payload(self._tensor, param),), (state.scale, outer_size)
+        return (state.current_payload(self._tensor, param),), (state.scales, outer_size)
 
     def fsdp_post_all_gather(
         self,
         all_gather_outputs: tuple[torch.Tensor, ...],
-        metadata: tuple[torch.Tensor, torch.Size],
+        metadata: Any,
         param_dtype: torch.dtype,
         *,
         out: torch.Tensor | None = None,
@@ -202,15 +200,23 @@ class Float8ShardedWeight(torch.Tensor):
             The unsharded weight and the tensors in it that FSDP2 frees when it reshards.
         """
         (payload,) = all_gather_outputs
-        scale, size = metadata
+        scales, size = metadata
+        scale = scales[0] if scales else None
+        scale_for_grad_input = scales[1] if len(scales) > 1 else None
         if out is not None:
             unsharded = out._local_tensor if isinstance(out, DTensor) else out
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
-            unsharded._scale = scale
+            unsharded._scale, unsharded._scale_for_grad_input = scale, scale_for_grad_input
             return None
-        data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
-        return Float8Tensor(data, scale, param_dtype), (payload,)
+        # Ranks pad their rows at the end, and dim 1 has been put together: the weight's rows are
+        # contiguous.
+        if scale is None:
+            data = payload.view(size[0], -1)  # packed
+        else:
+            data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
+        weight = Float8Tensor(data, scale, size, param_dtype, scale_for_grad_input)
+        return weight, (payload,)
 
 
 def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a module keeps about its sharded weight between optimizer steps, and when it is outdated."""
 
+import bisect
 import logging
 import weakref
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
 
-from fp8dist import precompute
-from fp8dist.config import Float8Config
+from fp8dist import numerics, precompute
+from fp8dist.config import Float8Config, Recipe
 
 logger = logging.getLogger("fp8dist")
 
@@ -82,43 +83,57 @@ class WeightState:
         self.fqn = fqn
         self.root = weakref.ref(root) if root is not None else lambda: None
         self.seen: Seen | None = None
-        # (1, 1) float32 in a storage of its own: compiled graphs hold on to it.
-        self.scale: torch.Tensor | None = None
-        self.payload: torch.Tensor | None = None  # (padded n, K) uint8
+        # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
+        # them, and the compiler mishandled views at an offset (pytorch#155690). The first is for
+        # casting; None if there are no scales yet. e8m0 is kept as uint8.
+        self.scales: list[torch.Tensor] | None = None
+        self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
         self.finite: _Finite | None = None
 
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
 
-    def set_scale(self, scale: torch.Tensor, param: DTensor) -> None:
-        if self.scale is None or self.scale.device != scale.device:
-            self.scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
-        # What an earlier forward saved for backward is not used any more.
-        with torch.autograd._unsafe_preserve_version_counter(self.scale):
-            self.scale.copy_(scale)
+    def set_scales(self, scales: list[torch.Tensor], param: DTensor) -> None:
+        """Take over new scales, for the parameter as it is now."""
+        if self.config.recipe.scale_format == "e8m0":
+            scales = [numerics.scale_to_exponent(scale) for scale in scales]
+        if self.scales is None or any(
+            mine.device != new.device for mine, new in zip(self.scales, scales, strict=True)
+        ):
+            self.scales = [scale.clone(memory_format=torch.contiguous_format) for scale in scales]
+        elif scales:
+            # What an earlier forward saved for backward is not used any more.
+            with torch.autograd._unsafe_preserve_version_counter(tuple(self.scales)):
+                torch._foreach_copy_(self.scales, scales)
         self.seen = Seen.now(param)
         self.payload_is_current = False
 
-    def current_payload(self, shard: torch.Tensor, param: DTensor) -> torch.Tensor:
+    def current_payload(self, data: torch.Tensor, param: DTensor) -> torch.Tensor:
         """The bytes this rank contributes, cast if the cached ones are not current.
 
         Args:
-            shard: (n, K), high precision, on the device that communicates.
+            data: the shard, high precision, on the device that communicates.
             param: the parameter it is a shard of.
 
         Returns:
-            (padded n, K), uint8: the size of the largest shard, zeros after n.
+            uint8, of the size of the largest shard, rank 0's, with zeros after the shard's rows;
+            packed, a row has its e8m0 scales after its elements.
         """
-        if self.scale is None:
-            raise AssertionError(f"{self.fqn}: no scale to cast the payload with")
+        if self.scales is None:
+            raise AssertionError(f"{self.fqn}: no scales to cast the payload with")
         payload = self.payload
         if payload is not None and self.payload_is_current:
             return payload
-        size = padded_shard_size(param)
-        if payload is None or payload.shape != size or payload.device != shard.device:
-            payload = torch.zeros(size, dtype=torch.uint8, device=shard.device)
-        precompute.cast_payload(shard, self.scale, self.config.recipe, payload)
+        shard = shard_of(param, self.config.recipe, data)
+        padded_rows, _ = padded_shard_size(param)
+        size = (padded_rows, precompute.payload_columns(shard))
+        if payload is None or payload.shape != size or payload.device != data.device:
+            payload = torch.zeros(size, dtype=torch.uint8, device=data.device)
+        scale = self.scales[0] if self.scales else None
+        if scale is not None and scale.dtype == torch.uint8:
+            scale = numerics.exponent_to_scale(scale)
+        precompute.cast_payload(shard, scale, payload)
         if self.config.cache_payload:
             self.payload, self.payload_is_current = payload, True
         return payload
@@ -143,37 +158,69 @@ def shard_group(param: DTensor) -> dist.ProcessGroup:
     return param.device_mesh.get_group(shard_mesh_dim(param))
 
 
-def padded_shard_size(param: DTensor) -> torch.Size:
-    """The size of every rank's all-gather input: that of the largest shard, rank 0's."""
+def padded_shard_size(param: DTensor) -> tuple[int, int]:
+    """The size of the largest shard, rank 0's."""
     mesh_dim = shard_mesh_dim(param)
     placement = param.placements[mesh_dim]
     if not isinstance(placement, Shard):
         raise AssertionError(f"FSDP2 shards parameters, found {placement}")
-    size = list(param.shape)
-    size[placement.dim] = -(-size[placement.dim] // param.device_mesh.size(mesh_dim))
-    return torch.Size(size)
+    rows, columns = param.shape
+    world = param.device_mesh.size(mesh_dim)
+    return (-(-rows // world), columns) if placement.dim == 0 else (rows, -(-columns // world))
+
+
+def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -> precompute.Shard:
+    """A parameter's shard on this rank, and where it lies in the weight.
+
+    Args:
+        data: the shard's data, if it is not to be the parameter's (CPU offload).
+    """
+    data = local_shard(param)._tensor if data is None else data
+    rows, columns = param.shape
+    padded = padded_shard_size(param)
+    rank = param.device_mesh.get_local_rank(shard_mesh_dim(param))
+    start = tuple(
+        0 if extent == largest else min(rank * largest, extent)
+        for extent, largest in zip((rows, columns), padded, strict=True)
+    )
+    packed = (
+        recipe.scale_format == "e8m0"
+        and padded[1] == columns
+        and rows % param.device_mesh.size(shard_mesh_dim(param)) == 0
+    )
+    if recipe.scale_format == "e8m0" and padded[1] % recipe.weight[1]:
+        raise ValueError(
+            f"a weight of {rows} x {columns} is sharded on dim 1 into {padded[1]} columns, not a "
+            f"multiple of the {recipe.weight[1]} that recipe {recipe.name!r} scales together: "
+            "shard it on dim 0"
+        )
+    return precompute.Shard(data, (rows, columns), (start[0], start[1]), recipe, packed)
 
 
 def update_scales(states: list[WeightState], params: list[DTensor]) -> None:
     """Compute the scales of parameters sharded over one group: one all-reduce for all."""
-    shards = [local_shard(param)._tensor for param in params]
-    device = shards[0].device
+    shards = [
+        shard_of(param, state.config.recipe) for state, param in zip(states, params, strict=True)
+    ]
+    device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
-    amaxes = precompute.local_amaxes(shards, device)
-    precompute.all_reduce_amaxes(amaxes, shard_group(params[0]))
-    scales = precompute.scales_from_amaxes(amaxes, [state.config.recipe for state in states])
-    for state, scale, param in zip(states, scales, params, strict=True):
-        state.set_scale(scale, param)
-    _report_non_finite(states, amaxes)
+    scales, amaxes, ends = precompute.compute_scales(shards, shard_group(params[0]), device)
+    for state, of_weight, param in zip(states, scales, params, strict=True):
+        state.set_scales(of_weight, param)
+    _report_non_finite(states, amaxes, ends)
 
 
 class _Finite:
-    """Which weights of one `update_scales` are finite, on its way from the device."""
+    """The first weight of one `update_scales` that is not finite, on its way from the device."""
 
-    def __init__(self, amaxes: torch.Tensor, fqns: list[str]) -> None:
-        self.fqns = fqns
-        self.finite = amaxes.isfinite().to("cpu", non_blocking=True)
+    def __init__(self, fqns: list[str], amaxes: torch.Tensor, ends: list[int]) -> None:
+        self.fqns, self.ends = fqns, ends
+        bad = ~amaxes.isfinite()
+        # (whether there is one, the index of the first)
+        self.found = torch.stack([bad.any().int(), bad.int().argmax().int()]).to(
+            "cpu", non_blocking=True
+        )
         self.event = torch.Event(amaxes.device.type) if amaxes.device.type != "cpu" else None
         if self.event is not None:
             self.event.record()
@@ -182,25 +229,25 @@ class _Finite:
         return self.event is None or self.event.query()
 
     def first_bad(self) -> str | None:
-        bad = (~self.finite).nonzero()
-        return self.fqns[int(bad[0])] if len(bad) else None
+        found, index = self.found.tolist()
+        return self.fqns[bisect.bisect_right(self.ends, index)] if found else None
 
 
 _reported_non_finite = False
 
 
-def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor) -> None:
+def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: list[int]) -> None:
     """Name the first weight with a NaN or Inf, once, without waiting for the device.
 
     On an accelerator the answer is read one call later. The values go on as they are: the
     scale of such a weight makes its elements NaN, and the loss shows it.
     """
     global _reported_non_finite
-    if _reported_non_finite:
+    if _reported_non_finite or amaxes.numel() == 0:
         return
     waiting = states[0].finite
     if waiting is None or waiting.event is None:
-        waiting = states[0].finite = _Finite(amaxes, [state.fqn for state in states])
+        waiting = states[0].finite = _Finite([state.fqn for state in states], amaxes, ends)
     if not waiting.arrived():
         return
     states[0].finite = None
