@@ -68,7 +68,7 @@ class PackedDataset:
         world: int,
         seed: int,
     ):
-        if global_batch_size % (local_batch_size * world):
+        if global_batch_size < 1 or global_batch_size % (local_batch_size * world):
             raise ValueError(
                 f"training.global_batch_size={global_batch_size} is not a multiple of "
                 f"training.local_batch_size={local_batch_size} times {world} data-parallel ranks"
