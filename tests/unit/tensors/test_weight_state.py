@@ -1,0 +1,463 @@
+"""What is kept about a sharded weight, and when it counts as outdated."""
+
+import copy
+import logging
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import fp8dist
+from fp8dist import Float8Config
+from fp8dist.tensors import sharded_weight, weight_state
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
+from fp8dist.tensors.weight_state import Seen, WeightState, padded_shard_size, update_scales
+
+N, K = 48, 32
+
+
+def hp_weight(seed: int = 0) -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes and the scale of a weight, by the definition of tensorwise scaling."""
+    scale = torch.tensor(448 / weight.abs().max().item(), dtype=torch.float32)
+    data = (weight.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return data.view(torch.uint8), scale
+
+
+def sharded(
+    mesh: DeviceMesh, config: Float8Config | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    layer = nn.Linear(K, N, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(hp_weight())
+    fp8dist.convert_to_float8_training(layer, config=config)
+    return fully_shard(layer, mesh=mesh)
+
+
+def shard_of(layer: nn.Module) -> torch.Tensor:
+    return layer.weight._local_tensor._tensor
+
+
+@pytest.fixture(autouse=True)
+def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Warnings that are given once per process are given once per test."""
+    monkeypatch.setattr(weight_state, "_reported_non_finite", False)
+    monkeypatch.setattr(sharded_weight, "_warned_stale", False)
+    yield
+
+
+@pytest.fixture
+def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each pass over the shards has covered."""
+    calls: list[int] = []
+    local_amaxes = weight_state.precompute.local_amaxes
+
+    def counting(shards: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        calls.append(len(shards))
+        return local_amaxes(shards, device)
+
+    monkeypatch.setattr(weight_state.precompute, "local_amaxes", counting)
+    return calls
+
+
+@pytest.fixture
+def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the shards that were cast."""
+    shapes: list[tuple[int, ...]] = []
+    cast_payload = weight_state.precompute.cast_payload
+
+    def counting(shard: torch.Tensor, *args: Any) -> None:
+        shapes.append(tuple(shard.shape))
+        cast_payload(shard, *args)
+
+    monkeypatch.setattr(weight_state.precompute, "cast_payload", counting)
+    return shapes
+
+
+# --- scale and payload
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_and_payload_are_those_of_the_weight(mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    layer = sharded(mesh, dtype=dtype)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    payload, scale = quantized(hp_weight().to(dtype))
+    state = layer.weight_state
+    assert state.scale.shape == (1, 1)
+    assert state.scale.item() == scale.item()
+    assert state.payload.dtype == torch.uint8
+    assert torch.equal(state.payload, payload)
+
+
+def test_an_edit_is_followed_by_a_new_scale_in_the_same_storage(mesh: DeviceMesh) -> None:
+    """Compiled graphs hold on to the storage; payloads are cast into the same bytes."""
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    state = layer.weight_state
+    scale, payload, version = state.scale, state.payload, state.scale._version
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight + 3)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    assert state.scale is scale
+    assert state.payload is payload
+    expected_payload, expected_scale = quantized(hp_weight() + 3)
+    assert scale.item() == expected_scale.item()
+    assert torch.equal(payload, expected_payload)
+    assert scale._version == version, "a graph that saved it may still be freed or reused"
+
+
+def test_a_payload_is_cast_once_and_reused(
+    mesh: DeviceMesh, casts: list[Any], amaxes_computed: list[int]
+) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    for _ in range(3):  # microbatches, each with a gather in forward and one in backward
+        layer(torch.randn(4, K)).sum().backward()
+        layer.reshard()
+    assert casts == [(N, K)]
+    assert amaxes_computed == [1]
+
+
+def test_without_a_cached_payload_every_gather_casts(
+    mesh: DeviceMesh, casts: list[Any], amaxes_computed: list[int]
+) -> None:
+    layer = sharded(mesh, Float8Config(cache_payload=False))
+    expected = sharded(mesh)(torch.ones(4, K))
+    casts.clear()
+    amaxes_computed.clear()
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    assert casts == []
+    for _ in range(2):
+        assert torch.equal(layer(torch.ones(4, K)), expected)
+        layer.reshard()
+    assert casts == [(N, K)] * 2
+    assert layer.weight_state.payload is None
+    assert amaxes_computed == [1]
+
+
+def test_a_lost_payload_is_cast_again_from_the_known_scale(
+    mesh: DeviceMesh, amaxes_computed: list[int]
+) -> None:
+    """Without a collective: whether a payload was lost may differ from rank to rank."""
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    state, before = layer.weight_state, layer.weight_state.payload.clone()
+    state.payload, state.payload_is_current = None, False
+    layer(torch.ones(4, K))
+    assert torch.equal(state.payload, before)
+    assert amaxes_computed == [1]
+
+
+def test_a_short_shard_is_padded_with_zeros() -> None:
+    """The payload has the size of the largest shard, also where this rank's is short or empty."""
+
+    class Mesh:
+        def size(self, dim: int) -> int:
+            return 5
+
+    class Param:
+        shape, placements, device_mesh = torch.Size((N, K)), (Shard(0),), Mesh()
+
+    for rows in (10, 8, 0):
+        state = WeightState(Float8Config(), "layer")
+        state.scale = torch.full((1, 1), 2.0)
+        shard = hp_weight()[:rows]
+        payload = state.current_payload(shard, Param())
+        assert payload.shape == (10, K)  # ceil(48 / 5)
+        expected = (shard * 2).to(torch.float8_e4m3fn).view(torch.uint8)
+        assert torch.equal(payload[:rows], expected)
+        assert payload[rows:].eq(0).all()
+
+
+def test_update_scales_takes_many_weights_at_once(
+    mesh: DeviceMesh, amaxes_computed: list[int]
+) -> None:
+    layers = [sharded(mesh) for _ in range(3)]
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            layer.weight.mul_(i + 1)
+    amaxes_computed.clear()
+    update_scales([layer.weight_state for layer in layers], [layer.weight for layer in layers])
+    assert amaxes_computed == [3]
+    for i, layer in enumerate(layers):
+        assert layer.weight_state.scale.item() == quantized(hp_weight() * (i + 1))[1].item()
+    storages = {layer.weight_state.scale.untyped_storage().data_ptr() for layer in layers}
+    assert len(storages) == 3, "each in a storage of its own"
+
+
+# --- placements
+
+
+def placed(mesh: DeviceMesh, *placements: Any) -> DTensor:
+    return DTensor.from_local(Float8ShardedWeight(hp_weight()), mesh, placements, run_check=False)
+
+
+def test_a_weight_sharded_over_two_mesh_dimensions_is_refused(mesh: DeviceMesh) -> None:
+    square = DeviceMesh("cpu", torch.zeros(1, 1, dtype=torch.int), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match=r"placed as .*without tensor parallelism"):
+        weight_state.shard_mesh_dim(placed(square, Shard(0), Shard(0)))
+    with pytest.raises(ValueError, match="placed as"):
+        weight_state.shard_mesh_dim(placed(mesh, Replicate()))
+
+
+def test_under_hsdp_the_shard_dimension_counts() -> None:
+    square = DeviceMesh("cpu", torch.zeros(1, 1, dtype=torch.int), mesh_dim_names=("rep", "shard"))
+    param = placed(square, Replicate(), Shard(0))
+    assert weight_state.shard_mesh_dim(param) == 1
+    assert weight_state.shard_group(param) is square.get_group("shard")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dim", "expected"),
+    [(1, 0, (48, 32)), (5, 0, (10, 32)), (64, 0, (1, 32)), (3, 1, (48, 11))],
+)
+def test_padded_shard_size(ranks: int, dim: int, expected: tuple[int, int]) -> None:
+    class Mesh:
+        def size(self, mesh_dim: int) -> int:
+            return [7, ranks][mesh_dim]
+
+    class Param:
+        shape, device_mesh = torch.Size((N, K)), Mesh()
+        placements = (Replicate(), Shard(dim))
+
+    assert padded_shard_size(Param()) == expected
+
+
+# --- outdated or not
+
+# How code gets hold of a weight, and what it does to it. `sub` is on a part, as pruning code is.
+WAYS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
+    "parameter": lambda layer: layer.weight,
+    ".data": lambda layer: layer.weight.data,
+    "detach": lambda layer: layer.weight.detach(),
+    "to_local": lambda layer: layer.weight.to_local(),
+    "_local_tensor": lambda layer: layer.weight._local_tensor,
+    "inner tensor": shard_of,
+    "state dict": lambda layer: layer.state_dict()["weight"],
+    "state dict to_local": lambda layer: layer.state_dict()["weight"].to_local(),
+}
+EDITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "copy_": lambda w: w.copy_(w + 1),
+    "mul_": lambda w: w.mul_(2),
+    "slice": lambda w: w[2:4].mul_(2),
+    "row": lambda w: w[3].mul_(2),
+    "column": lambda w: w[:, 3].mul_(2),
+    "transposed": lambda w: w.t().mul_(2),
+    "flattened": lambda w: w.view(-1).mul_(2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_edit_outdates_the_scales(mesh: DeviceMesh, way: str, edit: str) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    seen = layer.weight_state.seen
+    assert seen.still_holds(layer.weight)
+    with torch.no_grad():
+        EDITS[edit](WAYS[way](layer))
+    assert not torch.equal(shard_of(layer), hp_weight())
+    assert not seen.still_holds(layer.weight)
+
+
+@pytest.mark.parametrize("way", ["parameter", ".data", "to_local", "_local_tensor"])
+def test_a_foreach_edit_outdates_the_scales(mesh: DeviceMesh, way: str) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    with torch.no_grad():
+        torch._foreach_mul_([WAYS[way](layer)], 2.0)
+    assert not layer.weight_state.seen.still_holds(layer.weight)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str
+)
+def test_an_optimizer_step_outdates_the_scales(mesh: DeviceMesh, kwargs: dict[str, bool]) -> None:
+    layer = sharded(mesh)
+    optimizer = torch.optim.AdamW(layer.parameters(), **kwargs)
+    layer(torch.ones(4, K)).sum().backward()
+    layer.reshard()
+    assert layer.weight_state.seen.still_holds(layer.weight)
+    optimizer.step()
+    assert not layer.weight_state.seen.still_holds(layer.weight)
+
+
+def seen_by(mesh: DeviceMesh) -> tuple[Seen, DTensor]:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    return layer.weight_state.seen, layer.weight
+
+
+def test_the_counter_alone_outdates(mesh: DeviceMesh) -> None:
+    seen, param = seen_by(mesh)
+    param._local_tensor._edits.count += 1
+    assert not seen.still_holds(param)
+
+
+def test_the_version_of_the_parameter_alone_outdates(mesh: DeviceMesh) -> None:
+    """All that a compiled optimizer step moves."""
+    seen, param = seen_by(mesh)
+    torch.autograd.graph.increment_version(param)
+    assert not seen.still_holds(param)
+
+
+def test_the_version_of_the_inner_tensor_alone_outdates(mesh: DeviceMesh) -> None:
+    seen, param = seen_by(mesh)
+    count = param._local_tensor._edits.count
+    param._local_tensor._tensor.mul_(2)
+    assert param._local_tensor._edits.count == count
+    assert not seen.still_holds(param)
+
+
+def test_another_parameter_outdates(mesh: DeviceMesh) -> None:
+    seen, _ = seen_by(mesh)
+    _, other = seen_by(mesh)
+    assert not seen.still_holds(other)
+
+
+def test_reading_outdates_nothing(mesh: DeviceMesh, amaxes_computed: list[int]) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    layer.state_dict()
+    layer.weight.full_tensor()
+    layer.weight.norm()
+    repr(layer.weight)
+    nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+    layer(torch.ones(4, K))
+    layer.reshard()
+    assert amaxes_computed == [1]
+
+
+def test_lazy_initialisation_that_moves_a_shard_outdates_nothing(
+    mesh: DeviceMesh, amaxes_computed: list[int]
+) -> None:
+    """FSDP2 does it on ranks with a short shard, and those only: they must not communicate."""
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    local = layer.weight._local_tensor
+    padded = local.new_zeros(N + 1, K)
+    with torch.no_grad():
+        padded.narrow(0, 0, N).copy_(local)
+    layer.weight._local_tensor = padded.narrow(0, 0, N)
+    assert layer.weight_state.seen.still_holds(layer.weight)
+    assert amaxes_computed == [1]
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert not layer.weight_state.seen.still_holds(layer.weight)
+
+
+# --- healing
+
+
+def test_outdated_scales_are_healed_at_the_gather_with_one_warning(
+    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer, reference = sharded(mesh), sharded(mesh)
+    optimizers = [torch.optim.AdamW(m.parameters(), 0.1) for m in (layer, reference)]
+    fp8dist.register_precompute_hook(optimizers[1], reference)
+    for step in range(3):
+        outputs = []
+        for model, optimizer in zip((layer, reference), optimizers, strict=True):
+            output = model(torch.ones(4, K) + step)
+            output.sum().backward()
+            model.reshard()
+            optimizer.step()
+            optimizer.zero_grad()
+            outputs.append(output.detach())
+        assert torch.equal(*outputs), step
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "precompute_float8_dynamic_scale_for_fsdp" in warning
+    assert "register_precompute_hook" in warning
+
+
+def test_the_warning_names_the_layer(mesh: DeviceMesh, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Linear(K, N))
+    fp8dist.convert_to_float8_training(model)
+    fully_shard(model, mesh=mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    model(torch.ones(4, K))
+    assert "1 was edited after its float8 scales were computed" in caplog.text
+
+
+def test_the_first_gather_computes_scales_without_a_warning(
+    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    sharded(mesh)(torch.ones(4, K))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# --- NaN and Inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_weight_that_is_not_finite_is_named_once(
+    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture, bad: float
+) -> None:
+    layers = {name: nn.Linear(K, N, bias=False) for name in ("a", "b", "c")}
+    model = nn.Sequential(OrderedDict(layers))
+    fp8dist.convert_to_float8_training(model)
+    for name in ("b", "c"):
+        with torch.no_grad():
+            layers[name].weight._tensor[5, 5] = bad
+    fully_shard(model, mesh=mesh)
+    for _ in range(3):
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == ["b has a NaN or Inf in its weight; training goes on with it"]
+    assert model.a.weight_state.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_shows_in_the_output(mesh: DeviceMesh, bad: float) -> None:
+    layer = sharded(mesh)
+    with torch.no_grad():
+        shard_of(layer)[5, 5] = bad
+    assert layer(torch.ones(4, K)).isnan().any()
+
+
+def test_finite_weights_are_not_reported(
+    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(sharded(mesh))
+    assert "NaN" not in caplog.text
+
+
+# --- copies
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_start_empty(mesh: DeviceMesh, duplicate: Callable[[Any], Any]) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    layer.weight_state.fqn = "layers.0.wq"
+    other = duplicate(layer.weight_state)
+    assert other.config == layer.weight_state.config
+    assert other.fqn == "layers.0.wq"
+    assert other.seen is other.scale is other.payload is None
+    assert not other.payload_is_current
+
+
+def test_a_state_does_not_keep_its_model_alive() -> None:
+    model = nn.Sequential(nn.Linear(K, N))
+    fp8dist.convert_to_float8_training(model)
+    state = model[0].weight_state
+    assert state.root() is model
+    del model
+    assert state.root() is None
