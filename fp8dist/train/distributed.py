@@ -36,25 +36,32 @@ def init_distributed(job: JobConfig) -> torch.device:
             f"the ranks could not meet at {os.environ.get('MASTER_ADDR')}:{port}. If the port is "
             f"taken, choose another with MASTER_PORT. ({str(error).splitlines()[0]})"
         ) from error
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-    def choose_device() -> torch.device:
-        if not gpus:
-            return torch.device("cpu")
-        # NCCL_HOSTID makes NCCL take ranks for different machines: they may share a GPU then.
-        if local_world > gpus and "NCCL_HOSTID" not in os.environ:
-            raise ValueError(
-                f"{local_world} ranks were started on a machine with {gpus} GPUs: start at most "
-                "one per GPU (NGPU, or torchrun's --nproc-per-node), or hide the GPUs "
-                "(CUDA_VISIBLE_DEVICES='') to train on the CPU"
-            )
-        return torch.device("cuda", local_rank % gpus)
-
-    device = agree(choose_device)
+    device = agree(
+        lambda: choose_device(
+            gpus, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def choose_device(gpus: int, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of the `local_world` ranks on a machine with `gpus` GPUs.
+
+    Raises:
+        ValueError: there are GPUs, but not one for each rank.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    # NCCL_HOSTID makes NCCL take ranks for different machines: they may share a GPU then.
+    if local_world > gpus and "NCCL_HOSTID" not in os.environ:
+        raise ValueError(
+            f"{local_world} ranks were started on a machine with {gpus} GPUs: start at most one "
+            "per GPU (NGPU, or torchrun's --nproc-per-node), or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES='') to train on the CPU"
+        )
+    return torch.device("cuda", local_rank % gpus)
 
 
 def agree(check: Callable[[], T]) -> T:

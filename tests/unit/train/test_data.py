@@ -16,6 +16,12 @@ from fp8dist.train.tokenizer import ByteTokenizer
 SEQ_LEN = 8
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that do not hold these few bytes thousands of times over."""
+    monkeypatch.setattr(data, "BLOCK_TOKENS", 400)
+
+
 @pytest.fixture
 def documents(tmp_path: Path) -> list[Document]:
     """20 documents of 1 to 20 bytes; document i is all byte 100 + i."""
@@ -81,8 +87,11 @@ def test_documents_are_whole_and_end_in_a_separator(
     assert first != sorted(first)
 
 
-def test_sequences_are_shuffled_within_a_block(tmp_path: Path) -> None:
+def test_sequences_are_shuffled_within_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "long.txt"
+    monkeypatch.setattr(data, "BLOCK_TOKENS", 4000)
     path.write_bytes(bytes(range(1, 251)) * 4)
     stream = rows(dataset([Document(path, 0, 1000)]), steps=10)
     # Each row goes on as the document does; the next row is rarely where this one ended.
