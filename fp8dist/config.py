@@ -60,6 +60,8 @@ class Recipe:
     # K and N must be multiples of it: of the block, and of 16 for cuBLAS (its documentation,
     # "FP8 data types").
     dim_multiple: int = 16
+    # Whether the hardware's matmul of these scales can accumulate fast.
+    has_fast_accum: bool = True
     # Compute capabilities whose float8 units take these scales, first and last (None: no last).
     min_capability: tuple[int, int] = (8, 9)
     max_capability: tuple[int, int] | None = None
@@ -109,6 +111,7 @@ RECIPES: Mapping[str, Recipe] = {
             input_for_grad_weight=(128, 1),
             grad_output_for_grad_weight=(128, 1),
             dim_multiple=128,
+            has_fast_accum=False,
             # cuBLAS has 1x128 and 128x128 scales on Hopper only.
             min_capability=(9, 0),
             max_capability=(9, 0),
@@ -123,6 +126,7 @@ RECIPES: Mapping[str, Recipe] = {
             grad_output_for_grad_weight=(32, 1),
             scale_format="e8m0",
             dim_multiple=32,
+            has_fast_accum=False,
             min_capability=(10, 0),
         ),
         Recipe(
@@ -135,6 +139,7 @@ RECIPES: Mapping[str, Recipe] = {
             grad_output_for_grad_weight=None,
             scale_format="e8m0",
             dim_multiple=32,
+            has_fast_accum=False,
             min_capability=(10, 0),
         ),
     )
@@ -194,11 +199,11 @@ class Float8Config:
             cast. Off, each all-gather casts the shard again: the same bytes, less memory.
         fast_accum: None accumulates fast where torchao does (the output matmul); True in all
             three matmuls; False in none; or a `FastAccum`. Only for hardware with float8
-            matmuls.
+            matmuls. blockwise and mxfp8 have no fast accumulation.
         emulate: dequantize and multiply in float32, also on hardware with float8 matmuls.
 
     Raises:
-        ValueError: unknown recipe name.
+        ValueError: unknown recipe name; fast accumulation asked of a recipe that has none.
     """
 
     recipe_name: str = "tensorwise"
@@ -208,7 +213,11 @@ class Float8Config:
     emulate: bool = False
 
     def __post_init__(self) -> None:
-        recipe(self.recipe_name)
+        if not recipe(self.recipe_name).has_fast_accum and self.fast_accum:
+            raise ValueError(
+                f"Float8Config(fast_accum={self.fast_accum}): the matmuls of recipe "
+                f"{self.recipe_name!r} cannot accumulate fast: leave fast_accum out"
+            )
 
     @property
     def recipe(self) -> Recipe:
@@ -219,7 +228,7 @@ class Float8Config:
         if isinstance(self.fast_accum, FastAccum):
             return self.fast_accum
         if self.fast_accum is None:
-            return FastAccum()
+            return FastAccum(output=self.recipe.has_fast_accum)
         return FastAccum(self.fast_accum, self.fast_accum, self.fast_accum)
 
 

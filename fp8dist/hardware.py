@@ -15,6 +15,13 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def has_float8_casts(device: torch.device) -> bool:
+    """Whether the device converts to and from float8 itself, as Triton's casts need it to."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return _capability(device.index or 0) >= (8, 9)
+
+
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:
     """Whether `torch.nn.functional.scaled_mm` runs the recipe on the device's own float8 units.
 

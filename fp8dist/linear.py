@@ -4,23 +4,15 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from fp8dist import numerics
-from fp8dist.config import Block, Float8Config, Recipe
+from fp8dist import kernels
+from fp8dist.config import Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_state import WeightState
-
-
-def _quantize(x: torch.Tensor, block: Block, dtype: torch.dtype, recipe: Recipe) -> Scaled:
-    """Quantize a tensor whose rows are tokens: their number need not be a multiple of the block."""
-    if block[0] > 1 and x.size(0) % block[0]:
-        x = F.pad(x, (0, 0, 0, -x.size(0) % block[0]))
-    return numerics.quantize(x, block, dtype, recipe.scale_format)
 
 
 def _hp(weight: torch.Tensor) -> torch.Tensor:
@@ -29,24 +21,32 @@ def _hp(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
-    """The operand of output: as it arrived in float8, or cast here."""
+    """The operand of output, (N, K): as it arrived in float8, or cast here."""
     if isinstance(weight, Float8Tensor):
         return Scaled(*weight.unpack(), recipe.weight)
-    return _quantize(_hp(weight), recipe.weight, recipe.weight_dtype, recipe)
+    scaled, _ = kernels.quantize_both(
+        _hp(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
+    )
+    return _wanted(scaled)
 
 
 def _weight_for_grad_input(weight: torch.Tensor, recipe: Recipe) -> Scaled:
-    """The operand of grad_input: derived from what arrived, or cast here."""
+    """The operand of grad_input, (K, N): derived from what arrived, or cast here."""
     block = recipe.weight_for_grad_input
-    if not isinstance(weight, Float8Tensor):
-        return _quantize(_hp(weight), block, recipe.weight_dtype, recipe)
-    data, scale = weight.unpack()
-    if block == recipe.weight:
-        return Scaled(data, scale, block)
-    new_scale = weight._scale_for_grad_input
-    if new_scale is None:
-        return _quantize(numerics.dequantize(data, scale), block, recipe.weight_dtype, recipe)
-    return Scaled(numerics.rescale(data, scale, new_scale), new_scale, block)
+    if isinstance(weight, Float8Tensor):
+        arrived = Scaled(*weight.unpack(), recipe.weight)
+        new_scale = weight._scale_for_grad_input
+        return kernels.rescale_transposed(arrived, block, new_scale, recipe.scale_format)
+    _, transposed = kernels.quantize_both(
+        _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format
+    )
+    return _wanted(transposed)
+
+
+def _wanted(scaled: Scaled | None) -> Scaled:
+    if scaled is None:
+        raise AssertionError("an operand that was asked for is missing")
+    return scaled
 
 
 @torch._dynamo.allow_in_graph
@@ -63,20 +63,15 @@ class _Float8Matmul(torch.autograd.Function):
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, config: Float8Config
     ) -> torch.Tensor:
         recipe = config.recipe
-        scaled = _quantize(input, recipe.input, recipe.input_dtype, recipe)
-        saved: tuple[torch.Tensor, ...] = ()
-        if not ctx.needs_input_grad[1]:
-            pass
-        elif recipe.input_for_grad_weight is None:
-            saved = (input,)
-        elif recipe.input_for_grad_weight == recipe.input:
-            saved = (scaled.data, scaled.scale)
-        else:
-            saved = _quantize(input, recipe.input_for_grad_weight, recipe.input_dtype, recipe)[:2]
-        ctx.save_for_backward(weight, *saved)
+        block = recipe.input_for_grad_weight if ctx.needs_input_grad[1] else None
+        scaled, transposed = kernels.quantize_both(
+            input, recipe.input, block, recipe.input_dtype, recipe.scale_format
+        )
+        saved = (input,) if transposed is None else (transposed.data, transposed.scale)
+        ctx.save_for_backward(weight, *(saved if ctx.needs_input_grad[1] else ()))
         ctx.config = config
         return scaled_matmul(
-            scaled,
+            _wanted(scaled),
             _weight(weight, recipe),
             input.dtype,
             recipe,
@@ -90,35 +85,37 @@ class _Float8Matmul(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         weight, *saved_input = ctx.saved_tensors
         config: Float8Config = ctx.config
-        recipe, dtype = config.recipe, config.recipe.grad_output_dtype
+        recipe = config.recipe
         needs_input_grad, needs_weight_grad, _ = ctx.needs_input_grad
+        input_block = recipe.input_for_grad_weight
+        scaled, transposed = kernels.quantize_both(
+            grad_output,
+            recipe.grad_output if needs_input_grad else None,
+            recipe.grad_output_for_grad_weight if needs_weight_grad else None,
+            recipe.grad_output_dtype,
+            recipe.scale_format,
+        )
         grad_input = grad_weight = None
-        scaled = _quantize(grad_output, recipe.grad_output, dtype, recipe)
-        if needs_input_grad:
+        if scaled is not None:
             grad_input = scaled_matmul(
                 scaled,
-                _weight_for_grad_input(weight, recipe).t(),
+                _weight_for_grad_input(weight, recipe),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_input,
                 emulate=config.emulate,
             )
-        input_block, block = recipe.input_for_grad_weight, recipe.grad_output_for_grad_weight
-        if not needs_weight_grad:
-            pass
-        elif input_block is None or block is None:
-            grad_weight = torch.mm(grad_output.t(), saved_input[0])
-        else:
-            if block != recipe.grad_output:
-                scaled = _quantize(grad_output, block, dtype, recipe)
+        if transposed is not None and input_block is not None:
             grad_weight = scaled_matmul(
-                scaled.t(),
-                Scaled(saved_input[0], saved_input[1], input_block).t(),
+                transposed,
+                Scaled(saved_input[0], saved_input[1], (input_block[1], input_block[0])),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_weight,
                 emulate=config.emulate,
             )
+        elif needs_weight_grad:
+            grad_weight = torch.mm(grad_output.t(), saved_input[0])
         return grad_input, grad_weight, None
 
 

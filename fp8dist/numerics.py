@@ -3,9 +3,11 @@
 This file is the specification. What runs on an accelerator must give the same bytes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fp8dist.config import WHOLE, Block, ScaleFormat
 
@@ -29,6 +31,33 @@ def amax(x: torch.Tensor, block: Block) -> torch.Tensor:
         return x.new_zeros(x.size(0) // rows if rows else 1, x.size(1) // columns if columns else 1)
     blocks = x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # 4D
     return blocks.abs().amax(dim=(1, 3))
+
+
+def fill_amaxes(
+    amaxes: Sequence[torch.Tensor], x: torch.Tensor, blocks: Sequence[Block], start: tuple[int, int]
+) -> None:
+    """Write the amaxes of the blocks of a matrix that a part of it touches.
+
+    Blocks that the part does not touch are left as they are; one that it holds in part gets the
+    amax of that part.
+
+    Args:
+        amaxes: for each of blocks, float32, one element per block of the whole matrix.
+        x: the part, not empty, high precision.
+        start: the row and the column of the matrix at which x begins.
+    """
+    for out, block in zip(amaxes, blocks, strict=True):
+        before = [0 if block[dim] == WHOLE else start[dim] % block[dim] for dim in (0, 1)]
+        after = [
+            0 if block[dim] == WHOLE else -(before[dim] + x.size(dim)) % block[dim]
+            for dim in (0, 1)
+        ]
+        padded = x
+        if any(before) or any(after):
+            padded = F.pad(x, (before[1], after[1], before[0], after[0]))
+        local = amax(padded, block)
+        row, column = (0 if block[dim] == WHOLE else start[dim] // block[dim] for dim in (0, 1))
+        out[row : row + local.size(0), column : column + local.size(1)].copy_(local)
 
 
 def amax_to_scale(
@@ -129,6 +158,55 @@ def quantize(
     return Scaled(cast(x, scale, float8_dtype), scale, block)
 
 
+def cast_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    """out = cast(x, scale).
+
+    Args:
+        out: (M, N), float8; rows contiguous.
+        scale: float32: one, one per row, or one per row and block of columns.
+    """
+    out.copy_(cast(x, scale, out.dtype))
+
+
+def token_multiple(block: Block) -> int:
+    """What the rows of a matrix are padded to when a matmul contracts them: a multiple of the
+    block, and of the 16 bytes that the hardware asks for.
+    """
+    return max(16, block[0])
+
+
+def quantize_both(
+    x: torch.Tensor,
+    block: Block | None,
+    transposed_block: Block | None,
+    float8_dtype: torch.dtype,
+    scale_format: ScaleFormat,
+) -> tuple[Scaled | None, Scaled | None]:
+    """Quantize x for a matmul that contracts its columns and x^T for one that contracts its rows.
+
+    Args:
+        x: (M, N), high precision; M is of any number.
+        block: the blocks of x for the first; None: it is not wanted.
+        transposed_block: the blocks of x for the second; None: it is not wanted.
+
+    Returns:
+        x: (M, N). x^T: (N, M), M padded with zeros to a multiple of `token_multiple`; here as a
+        transposed view.
+    """
+    scaled = transposed = None
+    if block is not None:
+        scaled = quantize(x, block, float8_dtype, scale_format)
+    if transposed_block is not None:
+        missing = -x.size(0) % token_multiple(transposed_block)
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        if scaled is None or block != transposed_block or missing:
+            transposed = quantize(x, transposed_block, float8_dtype, scale_format).t()
+        else:
+            transposed = scaled.t()
+    return scaled, transposed
+
+
 def dequantize(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """data / scale in float32.
 
@@ -139,18 +217,26 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return data.float() / repeat_blocks(scale, data.shape)
 
 
-def rescale(data: torch.Tensor, scale: torch.Tensor, new_scale: torch.Tensor) -> torch.Tensor:
-    """The data as it is when scaled by new_scale, from the data scaled by scale.
+def rescale_transposed(
+    weight: Scaled, block: Block, new_scale: torch.Tensor | None, scale_format: ScaleFormat
+) -> Scaled:
+    """w^T for the matmul that contracts the rows of w, from w as it was quantized for the other.
 
     Between powers of two this moves exponents only, so that it equals quantizing the
     high-precision tensor with new_scale, except for elements that are subnormal in one of the
     two scalings.
 
     Args:
-        data: (M, N), float8.
-        scale, new_scale: float32, powers of two, for blocks of any two shapes.
+        weight: (N, K); its scales are powers of two if the blocks differ.
+        block: the blocks of w for the new operand; the same as weight's: data and scales stay.
+        new_scale: float32, one per block; None: taken from the amaxes of what w stands for.
 
     Returns:
-        (M, N), the dtype of data.
+        (K, N); here as a transposed view.
     """
-    return cast(dequantize(data, scale), new_scale, data.dtype)
+    if block == weight.block:
+        return weight.t()
+    w = dequantize(weight.data, weight.scale)
+    if new_scale is None:
+        return quantize(w, block, weight.data.dtype, scale_format).t()
+    return Scaled(cast(w, new_scale, weight.data.dtype), new_scale, block).t()

@@ -6,9 +6,8 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from fp8dist import numerics
+from fp8dist import kernels, numerics
 from fp8dist.config import TENSOR, WHOLE, Block, Recipe
 
 Size = tuple[int, int]
@@ -76,7 +75,7 @@ def compute_scales(
     sizes = [scales_size(shard.size, block) for shard, block in regions]
     flat = torch.zeros(sum(r * c for r, c in sizes), dtype=torch.float32, device=device)
     parts = [part.view(size) for part, size in zip(_split(flat, sizes), sizes, strict=True)]
-    _fill_amaxes(regions, parts)
+    _fill_amaxes(shards, parts)
     if flat.numel() > 0:
         all_reduce_amaxes(flat, group)
     scales = _scales(flat, regions, sizes)
@@ -93,43 +92,20 @@ def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
     return list(flat.split([rows * columns for rows, columns in sizes]))
 
 
-def _fill_amaxes(regions: list[tuple[Shard, Block]], parts: list[torch.Tensor]) -> None:
-    batched = []
-    for (shard, block), part in zip(regions, parts, strict=True):
-        if shard.data.numel() == 0:
+def _fill_amaxes(shards: Sequence[Shard], parts: list[torch.Tensor]) -> None:
+    batched, i = [], 0
+    for shard in shards:
+        blocks = shard.reduced_blocks
+        mine, i = parts[i : i + len(blocks)], i + len(blocks)
+        if shard.data.numel() == 0 or not blocks:
             continue
-        if block == TENSOR and shard.data.is_cuda:
-            batched.append((shard.data, part))
+        if shard.data.is_cuda and blocks == [TENSOR]:
+            batched.append((shard.data, mine[0]))
         else:
-            fill_block_amaxes(part, shard.data, block, shard.start)
+            kernels.fill_amaxes(mine, shard.data, blocks, shard.start)
     if batched:  # one launch for all weights
         norms = torch._foreach_norm([data for data, _ in batched], ord=torch.inf)
         torch._foreach_copy_([part.view(()) for _, part in batched], list(norms))
-
-
-def fill_block_amaxes(amaxes: torch.Tensor, data: torch.Tensor, block: Block, start: Size) -> None:
-    """Write the amaxes of the blocks that a shard touches; leave the others as they are.
-
-    A block that the shard holds in part gets the amax of that part: the MAX over the ranks
-    completes it.
-
-    Args:
-        amaxes: `scales_size` of the weight, float32.
-        data: the shard, not empty, at `start` of the weight.
-    """
-    padding: list[int] = []  # of the last dimension first, as F.pad has it
-    corner = []
-    for dim in (1, 0):
-        side = block[dim]
-        before = 0 if side == WHOLE else start[dim] % side
-        after = 0 if side == WHOLE else -(before + data.size(dim)) % side
-        padding += [before, after]
-        corner.append(0 if side == WHOLE else start[dim] // side)
-    if any(padding):
-        data = F.pad(data, padding)
-    local = numerics.amax(data, block)
-    column, row = corner
-    amaxes[row : row + local.size(0), column : column + local.size(1)].copy_(local)
 
 
 def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -177,12 +153,16 @@ def cast_payload(shard: Shard, scale: torch.Tensor | None, payload: torch.Tensor
     rows = payload[: data.size(0)]
     if scale is None:
         columns = data.size(1)
-        scaled = numerics.quantize(data, recipe.weight, recipe.weight_dtype, recipe.scale_format)
+        scaled, _ = kernels.quantize_both(
+            data, recipe.weight, None, recipe.weight_dtype, recipe.scale_format
+        )
+        if scaled is None:
+            raise AssertionError("the operand that was asked for is missing")
         rows[:, :columns].copy_(scaled.data.view(torch.uint8))
         rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))
     else:
         local = _local_scale(scale, recipe.weight, shard)
-        rows.copy_(numerics.cast(data, local, recipe.weight_dtype).view(torch.uint8))
+        kernels.cast_into(rows.view(recipe.weight_dtype), data, local)
 
 
 def _local_scale(scale: torch.Tensor, block: Block, shard: Shard) -> torch.Tensor:
