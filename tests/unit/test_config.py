@@ -1,6 +1,7 @@
 """Recipes, `Float8Config`, and what becomes of torchao's config."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torchao.float8.config import Float8GemmConfig, ScalingGranularity, ScalingT
 
 from fp8dist.config import (
     RECIPES,
+    ROW,
     TENSOR,
+    Block,
     FastAccum,
     Float8Config,
     from_torchao,
@@ -17,15 +20,43 @@ from fp8dist.config import (
     recipe,
 )
 
+BLOCK_OF = {ScalingGranularity.TENSORWISE: TENSOR, ScalingGranularity.AXISWISE: ROW}
 
-def test_tensorwise_is_torchaos_tensorwise() -> None:
-    ours, theirs = RECIPES["tensorwise"], Float8LinearConfig.from_recipe_name("tensorwise")
+
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_recipes_are_torchaos_of_the_same_name(name: str) -> None:
+    ours, theirs = RECIPES[name], Float8LinearConfig.from_recipe_name(name)
+
+    def block(cast: CastConfig, contracts_rows: bool) -> Block | None:
+        if cast.scaling_type is ScalingType.DISABLED:
+            return None
+        rows, columns = BLOCK_OF[cast.scaling_granularity]
+        return (columns, rows) if contracts_rows else (rows, columns)
+
+    assert ours.input == block(theirs.cast_config_input, False)
+    assert ours.weight == block(theirs.cast_config_weight, False)
+    assert ours.grad_output == block(theirs.cast_config_grad_output, False)
+    assert ours.weight_for_grad_input == block(theirs.cast_config_weight_for_grad_input, True)
+    assert ours.input_for_grad_weight == block(theirs.cast_config_input_for_grad_weight, True)
+    assert ours.grad_output_for_grad_weight == block(
+        theirs.cast_config_grad_output_for_grad_weight, True
+    )
     assert ours.input_dtype == theirs.cast_config_input.target_dtype
     assert ours.weight_dtype == theirs.cast_config_weight.target_dtype
     assert ours.grad_output_dtype == theirs.cast_config_grad_output.target_dtype
-    assert ours.power_of_2_scales == theirs.round_scales_to_power_of_2
-    assert ours.input == ours.weight == ours.grad_output == TENSOR
-    assert theirs.cast_config_input.scaling_granularity is ScalingGranularity.TENSORWISE
+
+
+def test_scales_of_rowwise_weights_are_powers_of_two() -> None:
+    """So that one gathered copy serves both matmuls. torchao's rowwise_with_gw_hp leaves them."""
+    formats = {name: one.scale_format for name, one in RECIPES.items()}
+    assert formats == {
+        "tensorwise": "exact",
+        "rowwise": "power_of_2",
+        "rowwise_with_gw_hp": "power_of_2",
+        "blockwise": "power_of_2",
+        "mxfp8_rceil": "e8m0",
+        "mxfp8_rceil_wgrad_with_hp": "e8m0",
+    }
 
 
 def test_recipes_are_listed_under_their_names() -> None:
@@ -39,6 +70,12 @@ def test_unknown_recipe_names_the_nearest(mistyped: str) -> None:
         recipe(mistyped)
     with pytest.raises(ValueError, match="did you mean 'tensorwise'"):
         Float8Config(recipe_name=mistyped)
+
+
+def test_mxfp8_is_short_for_one_recipe_and_old_names_are_explained() -> None:
+    assert Float8Config("mxfp8").recipe is RECIPES["mxfp8_rceil"]
+    with pytest.raises(ValueError, match="'mxfp8_cublas' is called 'mxfp8_rceil' now"):
+        Float8Config("mxfp8_cublas")
 
 
 def test_nearest_lists_what_is_known_and_guesses_only_what_is_close() -> None:
@@ -151,24 +188,28 @@ def test_torchao_field_is_refused_by_name(field: str) -> None:
         from_torchao(config)
 
 
-def test_torchao_disabled_cast_is_refused() -> None:
-    """Matmuls in high precision: what `rowwise_with_gw_hp` does to grad_weight."""
-    off = CastConfig(scaling_type=ScalingType.DISABLED)
+def test_torchao_grad_weight_in_high_precision_is_refused_for_tensorwise() -> None:
+    off = CastConfig(scaling_type=ScalingType.DISABLED, target_dtype=torch.float8_e4m3fn)
+    off_e5m2 = CastConfig(scaling_type=ScalingType.DISABLED, target_dtype=torch.float8_e5m2)
     config = Float8LinearConfig(
-        cast_config_input_for_grad_weight=off,
-        cast_config_grad_output_for_grad_weight=CastConfig(
-            scaling_type=ScalingType.DISABLED, target_dtype=torch.float8_e5m2
-        ),
+        cast_config_input_for_grad_weight=off, cast_config_grad_output_for_grad_weight=off_e5m2
     )
     with pytest.raises(ValueError, match="cast_config_input_for_grad_weight="):
         from_torchao(config)
 
 
 @pytest.mark.parametrize("name", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_torchao_recipes_are_taken_over_or_refused(name: str) -> None:
+def test_torchao_recipes_are_taken_over(name: str) -> None:
     config = Float8LinearConfig.from_recipe_name(name)
-    if name in RECIPES:
-        assert from_torchao(config).recipe_name == name
-        return
-    with pytest.raises(ValueError, match="matches no recipe.*from_recipe_name"):
-        from_torchao(config)
+    assert from_torchao(config).recipe_name == name
+
+
+def test_float8_gathers_of_rowwise_weights_are_on_and_said_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """torchao's config cannot ask for them."""
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        assert from_torchao(
+            Float8LinearConfig.from_recipe_name("rowwise")
+        ).enable_fsdp_float8_all_gather
+    assert "float8 all-gather of rowwise weights" in caplog.text

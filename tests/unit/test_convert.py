@@ -311,7 +311,7 @@ def test_a_sharded_model_is_refused_by_module(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("filter_fqns", [[], ["output"], ["wk", "output"]])
-@pytest.mark.parametrize("recipe_name", ["tensorwise"])
+@pytest.mark.parametrize("recipe_name", ["tensorwise", "rowwise"])
 def test_auto_filter_decides_as_torchao_does(recipe_name: str, filter_fqns: list[str]) -> None:
     sizes = [16, 1008, 1016, 1024, 1040, 2048, 2064, 4080, 4096, 4104, 4112, 8192, 28672]
     ours = float8_module_filter(recipe_name, [*filter_fqns, "auto_filter_small_kn"])
@@ -324,6 +324,24 @@ def test_auto_filter_decides_as_torchao_does(recipe_name: str, filter_fqns: list
             decisions.add(ours(linear, fqn))
             assert ours(linear, fqn) == theirs(linear, fqn), (k, n, fqn)
     assert decisions == {True, False}
+
+
+@pytest.mark.parametrize("recipe_name", ["rowwise_with_gw_hp", "blockwise", "mxfp8"])
+def test_auto_filter_without_published_thresholds_is_refused(recipe_name: str) -> None:
+    with pytest.raises(ValueError, match=f"no thresholds for recipe '{recipe_name}'"):
+        float8_module_filter(recipe_name, ["auto_filter_small_kn"])
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "multiple"), [("rowwise", 16), ("blockwise", 128), ("mxfp8_rceil", 32)]
+)
+def test_sizes_are_multiples_of_what_the_recipe_scales_together(
+    recipe_name: str, multiple: int
+) -> None:
+    keep = float8_module_filter(recipe_name)
+    assert keep(nn.Linear(multiple, multiple), "")
+    assert not keep(nn.Linear(multiple, multiple + multiple // 2), "")
+    assert not keep(nn.Linear(multiple + multiple // 2, multiple), "")
 
 
 def test_without_auto_filter_size_does_not_matter() -> None:

@@ -51,7 +51,7 @@ def check_current(model: nn.Module) -> None:
     for layer in (model[0], model[2]):
         shard, state = layer.weight._local_tensor._tensor, layer.weight_state
         scale = torch.tensor(448 / shard.abs().max().item())
-        assert state.scale.item() == scale.item()
+        assert state.scales[0].item() == scale.item()
         expected = (shard * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         assert torch.equal(state.payload, expected)
 
@@ -188,8 +188,8 @@ def test_precompute_records_nothing_for_autograd(mesh: DeviceMesh) -> None:
     model = sharded(mesh)
     precompute_float8_dynamic_scale_for_fsdp(model)
     for state in states(model):
-        assert not state.scale.requires_grad
-        assert state.scale.grad_fn is None
+        assert not state.scales[0].requires_grad
+        assert state.scales[0].grad_fn is None
 
 
 # --- the optimizer's hook

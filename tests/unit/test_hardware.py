@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fp8dist import hardware
+from fp8dist.config import RECIPES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+TENSORWISE = RECIPES["tensorwise"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +49,49 @@ def test_float8_matmul_by_capability(
     capability: dict[int, tuple[int, int]], found: tuple[int, int], expected: bool
 ) -> None:
     capability[0] = found
-    assert hardware.has_float8_matmul(CUDA) is expected
-    assert hardware.multiplies_float8(CUDA, emulate=False) is expected
+    assert hardware.has_matmul(CUDA, TENSORWISE) is expected
+    assert hardware.multiplies(CUDA, TENSORWISE, emulate=False) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # The first and last compute capability whose float8 units take the recipe's scales.
+        ("tensorwise", {(8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("rowwise", {(8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("rowwise_with_gw_hp", {(8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("blockwise", {(9, 0)}),
+        ("mxfp8_rceil", {(10, 0), (12, 0)}),
+        ("mxfp8_rceil_wgrad_with_hp", {(10, 0), (12, 0)}),
+    ],
+)
+def test_every_recipe_has_its_hardware(
+    capability: dict[int, tuple[int, int]], name: str, expected: set[tuple[int, int]]
+) -> None:
+    all_of_them = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+    capability |= dict(enumerate(all_of_them))
+    found = {
+        one
+        for i, one in enumerate(all_of_them)
+        if hardware.has_matmul(torch.device("cuda", i), RECIPES[name])
+    }
+    assert found == expected
 
 
 def test_each_device_is_asked(capability: dict[int, tuple[int, int]]) -> None:
     capability |= {0: (8, 0), 1: (9, 0)}
-    assert not hardware.has_float8_matmul(torch.device("cuda", 0))
-    assert hardware.has_float8_matmul(torch.device("cuda", 1))
+    assert not hardware.has_matmul(torch.device("cuda", 0), TENSORWISE)
+    assert hardware.has_matmul(torch.device("cuda", 1), TENSORWISE)
 
 
 def test_emulate_overrides_the_hardware(capability: dict[int, tuple[int, int]]) -> None:
     capability[0] = (9, 0)
-    assert not hardware.multiplies_float8(CUDA, emulate=True)
+    assert not hardware.multiplies(CUDA, TENSORWISE, emulate=True)
 
 
 @pytest.mark.parametrize("device", [CPU, torch.device("meta")])
 def test_only_cuda_devices_have_it(device: torch.device) -> None:
-    assert not hardware.has_float8_matmul(device)
+    assert not hardware.has_matmul(device, TENSORWISE)
 
 
 def test_rocm_is_not_taken_for_cuda(
@@ -73,16 +100,24 @@ def test_rocm_is_not_taken_for_cuda(
     """There "cuda" devices have capabilities of another numbering (9.4 is an MI300)."""
     capability[0] = (9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert not hardware.has_float8_matmul(CUDA)
+    assert not hardware.has_matmul(CUDA, TENSORWISE)
 
 
 def test_emulation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fp8dist"):
         for _ in range(3):
-            assert not hardware.multiplies_float8(CPU, emulate=False)
+            assert not hardware.multiplies(CPU, TENSORWISE, emulate=False)
     assert [record.getMessage() for record in caplog.records] == [
-        "float8 matmuls are emulated on cpu: operands are dequantized and multiplied in float32"
+        "tensorwise matmuls are emulated on cpu: the operands are dequantized and multiplied"
     ]
+
+
+def test_emulation_is_logged_for_each_recipe(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        for _ in range(2):
+            for recipe in RECIPES.values():
+                hardware.multiplies(CPU, recipe, emulate=False)
+    assert [record.getMessage().split()[0] for record in caplog.records] == list(RECIPES)
 
 
 def test_the_log_names_the_gpu(
@@ -90,13 +125,13 @@ def test_the_log_names_the_gpu(
 ) -> None:
     capability[0] = (8, 0)
     with caplog.at_level(logging.INFO, logger="fp8dist"):
-        hardware.multiplies_float8(CUDA, emulate=False)
+        hardware.multiplies(CUDA, TENSORWISE, emulate=False)
     assert "NVIDIA A100" in caplog.text
 
 
 def test_emulation_that_was_asked_for_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fp8dist"):
-        hardware.multiplies_float8(CPU, emulate=True)
+        hardware.multiplies(CPU, TENSORWISE, emulate=True)
     assert not caplog.records
 
 
@@ -105,11 +140,11 @@ def test_hardware_with_float8_logs_nothing(
 ) -> None:
     capability[0] = (9, 0)
     with caplog.at_level(logging.INFO, logger="fp8dist"):
-        hardware.multiplies_float8(CUDA, emulate=False)
+        hardware.multiplies(CUDA, TENSORWISE, emulate=False)
     assert not caplog.records
 
 
 @pytest.mark.gpu
 def test_this_gpu_agrees_with_its_capability() -> None:
     expected = torch.cuda.get_device_capability() >= (8, 9)
-    assert hardware.has_float8_matmul(torch.device("cuda")) is expected
+    assert hardware.has_matmul(torch.device("cuda"), TENSORWISE) is expected

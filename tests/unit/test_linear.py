@@ -1,6 +1,7 @@
 """`Float8Linear` against torchao's, and what it must do where torchao's does not work."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
 from fp8dist import FastAccum, Float8Config, Float8Linear, hardware, linear
 from fp8dist.linear import _Float8Matmul
+from fp8dist.numerics import Scaled
 
 K, N = 64, 48
 DTYPES = [torch.float32, torch.bfloat16]
@@ -19,6 +21,8 @@ CONFIGS = {
     "float8 gather": Float8Config(),
     "high precision gather": Float8Config(enable_fsdp_float8_all_gather=False),
     "emulate": Float8Config(emulate=True),
+    "rowwise": Float8Config("rowwise"),
+    "rowwise_with_gw_hp": Float8Config("rowwise_with_gw_hp"),
 }
 
 
@@ -39,8 +43,17 @@ def pair(
     config: Float8Config | None = None, bias: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[Float8Linear, nn.Module]:
     """The same layer here and in torchao."""
-    theirs = TorchaoLinear.from_float(plain_linear(bias, dtype), Float8LinearConfig(emulate=True))
-    return Float8Linear.from_float(plain_linear(bias, dtype), config or Float8Config()), theirs
+    config = config or Float8Config()
+    theirs = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(config.recipe_name),
+        emulate=True,
+        # torchao's rowwise_with_gw_hp does not round, here it must: see `fp8dist.config`.
+        round_scales_to_power_of_2=config.recipe.scale_format == "power_of_2",
+    )
+    return (
+        Float8Linear.from_float(plain_linear(bias, dtype), config),
+        TorchaoLinear.from_float(plain_linear(bias, dtype), theirs),
+    )
 
 
 def run(
@@ -243,11 +256,10 @@ def test_gradients_accumulate_over_microbatches() -> None:
 def test_each_matmul_gets_its_dtypes_and_its_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def noting(
-        a: torch.Tensor, a_scale: Any, b: torch.Tensor, b_scale: Any, dtype: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        calls.append((a.dtype, tuple(a.shape), b.dtype, tuple(b.shape), kwargs))
-        return torch.zeros(a.size(0), b.size(0), dtype=dtype)
+    def noting(a: Scaled, b: Scaled, dtype: Any, recipe: Any, **kwargs: Any) -> torch.Tensor:
+        x, y = a.data, b.data
+        calls.append((x.dtype, tuple(x.shape), y.dtype, tuple(y.shape), kwargs))
+        return torch.zeros(x.size(0), y.size(0), dtype=dtype)
 
     monkeypatch.setattr(linear, "scaled_matmul", noting)
     fast = FastAccum(output=False, grad_input=True, grad_weight=False)
@@ -389,10 +401,10 @@ def test_a_second_derivative_is_refused() -> None:
 def test_emulation_is_decided_by_the_device_of_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def multiplies_float8(device: torch.device, emulate: bool) -> bool:
-        asked.append((device.type, emulate))
+    def multiplies(device: torch.device, recipe: Any, emulate: bool) -> bool:
+        asked.append((device.type, recipe.name, emulate))
         return False
 
-    monkeypatch.setattr(hardware, "multiplies_float8", multiplies_float8)
+    monkeypatch.setattr(hardware, "multiplies", multiplies)
     _Float8Matmul.apply(seeded(16, K), seeded(16, K), Float8Config(emulate=True))
-    assert asked == [("cpu", True)]
+    assert asked == [("cpu", "tensorwise", True)]

@@ -9,7 +9,7 @@ from torchao.float8.float8_utils import amax_to_scale as torchao_amax_to_scale
 from torchao.float8.float8_utils import tensor_to_scale
 
 from fp8dist import numerics
-from fp8dist.config import TENSOR, WHOLE, Block
+from fp8dist.config import TENSOR, WHOLE, Block, ScaleFormat
 
 HP_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT8_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
@@ -117,17 +117,20 @@ def test_amax_of_no_elements(
     assert found.eq(0).all()
 
 
-@pytest.mark.parametrize("power_of_2", [False, True])
+@pytest.mark.parametrize("scale_format", ["exact", "power_of_2"])
 @pytest.mark.parametrize("float8_dtype", FLOAT8_DTYPES)
 @pytest.mark.parametrize("dtype", HP_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantize_is_bitwise_torchaos(
-    kind: str, dtype: torch.dtype, float8_dtype: torch.dtype, power_of_2: bool
+    kind: str, dtype: torch.dtype, float8_dtype: torch.dtype, scale_format: ScaleFormat
 ) -> None:
     x = tensor_of(kind, dtype)
-    expected_scale = tensor_to_scale(x, float8_dtype, round_scales_to_power_of_2=power_of_2)
+    expected_scale = tensor_to_scale(
+        x, float8_dtype, round_scales_to_power_of_2=scale_format == "power_of_2"
+    )
     expected = hp_tensor_and_scale_to_float8(x, expected_scale, float8_dtype)._data
-    data, scale = numerics.quantize(x, TENSOR, float8_dtype, power_of_2)
+    data, scale, block = numerics.quantize(x, TENSOR, float8_dtype, scale_format)
+    assert block == TENSOR
     assert scale.shape == (1, 1)
     assert same(scale.view(()), expected_scale)
     assert same(data, expected)
@@ -136,7 +139,7 @@ def test_quantize_is_bitwise_torchaos(
 @pytest.mark.parametrize("name", BLOCKS)
 def test_quantize_treats_every_block_as_a_tensor(name: str) -> None:
     x = tensor_of("wide", torch.float32, (M, N))
-    data, scale = numerics.quantize(x, BLOCKS[name], torch.float8_e4m3fn)
+    data, scale, _ = numerics.quantize(x, BLOCKS[name], torch.float8_e4m3fn, "exact")
     for i, row in enumerate(blocks_of((M, N), BLOCKS[name])):
         for j, index in enumerate(row):
             expected_scale = tensor_to_scale(x[index], torch.float8_e4m3fn)
@@ -161,13 +164,13 @@ def test_scale_takes_the_largest_element_to_float8_max(float8_dtype: torch.dtype
             float8_max / float(amax[-1]),
         ]
     )
-    assert same(numerics.amax_to_scale(amax, float8_dtype), expected)
+    assert same(numerics.amax_to_scale(amax, float8_dtype, "exact"), expected)
 
 
 @pytest.mark.parametrize("dtype", HP_DTYPES)
 def test_scale_is_float32_whatever_the_amaxes_are(dtype: torch.dtype) -> None:
     amax = torch.tensor([[0.5], [2.0]], dtype=dtype)
-    scale = numerics.amax_to_scale(amax, torch.float8_e4m3fn)
+    scale = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "exact")
     assert scale.dtype == torch.float32
     assert scale.tolist() == [[896.0], [224.0]]
 
@@ -177,23 +180,70 @@ def test_power_of_2_scales_are_rounded_down() -> None:
     exact = [448.0 / a for a in amax.tolist()]
     # frexp gives m * 2**e with m in [0.5, 1): the power of two below is 2**(e - 1).
     expected = [2.0 ** (math.frexp(scale)[1] - 1) for scale in exact]
-    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, power_of_2=True)
+    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "power_of_2")
     assert found.tolist() == expected
 
 
 def test_power_of_2_scales_that_are_powers_already_stay() -> None:
     exponents = range(-100, 30)
     amax = torch.tensor([448.0 * 2.0**-e for e in exponents], dtype=torch.float64)
-    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, power_of_2=True)
+    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "power_of_2")
     assert found.tolist() == [2.0**e for e in exponents]
+
+
+def test_power_of_2_scales_just_below_a_power_are_not_rounded_up() -> None:
+    """A logarithm in float32 would: that of the largest float below 8 is 3."""
+    below = torch.exp2(torch.arange(-20, 20).float()).nextafter(torch.zeros(40))
+    amax = 448.0 / below.double()
+    assert torch.equal(numerics.amax_to_scale(amax, torch.float8_e4m3fn, "exact"), below)
+    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "power_of_2")
+    assert found.tolist() == [2.0 ** (e - 1) for e in range(-20, 20)]
 
 
 def test_power_of_2_scales_of_odd_amaxes_are_torchaos() -> None:
     amax = torch.tensor([0.0, math.inf, 1e-30, 3e38])
     assert torch.equal(
-        numerics.amax_to_scale(amax, torch.float8_e4m3fn, power_of_2=True),
+        numerics.amax_to_scale(amax, torch.float8_e4m3fn, "power_of_2"),
         torchao_amax_to_scale(amax, torch.float8_e4m3fn, round_scales_to_power_of_2=True),
     )
+
+
+@pytest.mark.parametrize("float8_dtype", FLOAT8_DTYPES)
+def test_e8m0_scales_are_the_largest_powers_of_two_that_do_not_saturate(
+    float8_dtype: torch.dtype,
+) -> None:
+    float8_max = torch.finfo(float8_dtype).max
+    amax = torch.cat(
+        [
+            tensor_of("wide", torch.float32).abs().flatten(),
+            float8_max * torch.exp2(torch.arange(-20.0, 20.0)),
+        ]
+    )
+    amax = amax[amax > 0]
+    for scale, value in zip(
+        numerics.amax_to_scale(amax, float8_dtype, "e8m0").tolist(), amax.tolist(), strict=True
+    ):
+        assert math.frexp(scale)[0] == 0.5, "a power of two"
+        assert value * scale <= float8_max < value * scale * 2
+
+
+def test_e8m0_scales_of_odd_amaxes() -> None:
+    amax = torch.tensor([0.0, 1e-45, math.inf, math.nan, 3.4e38])
+    found = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "e8m0").tolist()
+    # The range of an 8-bit exponent is 2^-127 to 2^127.
+    assert found[:3] == [2.0**127, 2.0**127, 2.0**-127]
+    assert math.isnan(found[3])
+    assert 3.4e38 * found[4] <= 448 < 3.4e38 * found[4] * 2
+
+
+def test_e8m0_bytes_are_exponents_of_what_dequantizes() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    scale = numerics.exponent_to_scale(codes)
+    # torch's own type of that name: its value is what dequantizes.
+    dequantizes = codes.view(torch.float8_e8m0fnu).double()
+    assert torch.equal(scale[:255].double(), 1 / dequantizes[:255])
+    assert scale[255].isnan() and dequantizes[255].isnan()
+    assert torch.equal(numerics.scale_to_exponent(scale), codes)
 
 
 def float8_values(mantissa_bits: int, bias: int, codes: int) -> list[float]:
@@ -254,7 +304,7 @@ def test_cast_keeps_nan_and_saturates_infinity() -> None:
 
 @pytest.mark.parametrize("float8_dtype", FLOAT8_DTYPES)
 def test_quantize_of_no_elements(float8_dtype: torch.dtype) -> None:
-    data, scale = numerics.quantize(torch.empty(0, 64), TENSOR, float8_dtype)
+    data, scale, _ = numerics.quantize(torch.empty(0, 64), TENSOR, float8_dtype, "exact")
     assert data.shape == (0, 64)
     assert data.dtype == float8_dtype
     assert scale.shape == (1, 1)
@@ -295,7 +345,7 @@ def test_round_trip_is_within_half_a_unit_in_the_last_place(
     float8_dtype: torch.dtype, mantissa_bits: int
 ) -> None:
     x = tensor_of("normal", torch.float32, (256, 256))
-    data, scale = numerics.quantize(x, TENSOR, float8_dtype)
+    data, scale, _ = numerics.quantize(x, TENSOR, float8_dtype, "exact")
     error = (numerics.dequantize(data, scale) - x).abs()
     # Half a unit is 2^-(mantissa_bits + 1) of the value; below the format's smallest normal number
     # it is half of the smallest subnormal. The factor covers scaling in float32, there and back.

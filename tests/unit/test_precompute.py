@@ -6,61 +6,28 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale
 
 from fp8dist import precompute
 from fp8dist.config import RECIPES, Recipe
+from fp8dist.precompute import Shard
 
 CPU = torch.device("cpu")
 TENSORWISE = RECIPES["tensorwise"]
+N, K = 48, 64
 
 
-def shards(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(16, 32), (1, 8), (7, 3)]
-    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+def hp_weight(rows: int = N, columns: int = K, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_local_amaxes(dtype: torch.dtype) -> None:
-    found = precompute.local_amaxes(shards(dtype), CPU)
-    assert found.dtype == torch.float32
-    assert found.tolist() == [max(map(abs, x.flatten().tolist())) for x in shards(dtype)]
+def whole(weight: torch.Tensor, recipe: Recipe = TENSORWISE) -> Shard:
+    return Shard(weight, (weight.size(0), weight.size(1)), (0, 0), recipe)
 
 
-def test_local_amaxes_of_several_dtypes() -> None:
-    dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    mixed = [x.to(dtype) for x, dtype in zip(shards(), dtypes, strict=True)]
-    found = precompute.local_amaxes(mixed, CPU)
-    assert found.tolist() == [x.float().abs().max().item() for x in mixed]
-
-
-@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
-def test_an_empty_shard_counts_as_zeros(empty: tuple[int, ...]) -> None:
-    some = [x[:0] if i in empty else x for i, x in enumerate(shards())]
-    expected = [0.0 if i in empty else x.abs().max().item() for i, x in enumerate(shards())]
-    assert precompute.local_amaxes(some, CPU).tolist() == expected
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_local_amaxes_keep_what_is_not_finite(bad: float) -> None:
-    some = shards()
-    some[1][0, 3] = bad
-    found = precompute.local_amaxes(some, CPU)
-    assert found[[0, 2]].isfinite().all()
-    assert str(found[1].item()) == str(abs(bad))
-
-
-@pytest.mark.gpu
-def test_local_amaxes_on_a_gpu_are_those_on_the_cpu() -> None:
-    some = shards(torch.bfloat16)
-    some[1][0, 3] = math.nan
-    some.append(some[0][:0])
-    found = precompute.local_amaxes([x.cuda() for x in some], torch.device("cuda"))
-    assert found.is_cuda
-    assert torch.equal(
-        found.cpu().nan_to_num(-1), precompute.local_amaxes(some, CPU).nan_to_num(-1)
-    )
+def part(weight: torch.Tensor, rows: slice, recipe: Recipe = TENSORWISE) -> Shard:
+    return Shard(weight[rows], (weight.size(0), weight.size(1)), (rows.start, 0), recipe)
 
 
 class Group:
@@ -106,34 +73,130 @@ def test_a_group_of_one_communicates_nothing(peer: dict[str, Any]) -> None:
     assert amaxes[0] == 1
 
 
-def test_scales_are_torchaos() -> None:
-    weights = [*shards(), torch.zeros(3, 3), torch.full((2, 2), math.nan)]
-    amaxes = torch.stack([weight.abs().amax() for weight in weights])
-    found = precompute.scales_from_amaxes(amaxes, [TENSORWISE] * len(weights))
-    assert len(found) == len(weights)
-    for scale, weight in zip(found, weights, strict=True):
+def compute(shards: list[Shard]) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
+    return precompute.compute_scales(shards, Group(1), CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensorwise_scales_are_torchaos(dtype: torch.dtype) -> None:
+    weights = [hp_weight(seed=i).to(dtype) * (i + 1) for i in range(3)]
+    weights += [torch.zeros(16, 16, dtype=dtype), torch.full((16, 16), math.nan, dtype=dtype)]
+    scales, amaxes, ends = compute([whole(weight) for weight in weights])
+    assert ends == [1, 2, 3, 4, 5]
+    assert amaxes.dtype == torch.float32
+    assert amaxes[:4].tolist() == [weight.abs().max().item() for weight in weights[:4]]
+    for (scale,), weight in zip(scales, weights, strict=True):
         assert scale.shape == (1, 1)
         assert scale.dtype == torch.float32
         expected = tensor_to_scale(weight, torch.float8_e4m3fn).view(1, 1)
         torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_recipes_of_different_weight_dtypes_do_not_mix() -> None:
-    other = Recipe(
-        **{**vars(TENSORWISE), "name": "e5m2 weights", "weight_dtype": torch.float8_e5m2}
-    )
-    with pytest.raises(AssertionError, match="one float8 dtype"):
-        precompute.scales_from_amaxes(torch.ones(2), [TENSORWISE, other])
+@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_an_empty_shard_counts_as_zeros(empty: tuple[int, ...]) -> None:
+    weights = [hp_weight(seed=i) for i in range(3)]
+    shards = [part(w, slice(48, 48) if i in empty else slice(0, 48)) for i, w in enumerate(weights)]
+    expected = [0.0 if i in empty else w.abs().max().item() for i, w in enumerate(weights)]
+    assert compute(shards)[1].tolist() == expected
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cast_payload_fills_the_rows_of_the_shard_and_no_others(
-    rows: int, dtype: torch.dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_amaxes_keep_what_is_not_finite(bad: float) -> None:
+    weights = [hp_weight(seed=i) for i in range(3)]
+    weights[1][0, 3] = bad
+    amaxes = compute([whole(weight) for weight in weights])[1]
+    assert amaxes[[0, 2]].isfinite().all()
+    assert str(amaxes[1].item()) == str(abs(bad))
+
+
+def test_rowwise_scales_are_those_of_rows_and_columns() -> None:
+    weight = hp_weight()
+    ((rows, columns),), _, ends = compute([whole(weight, RECIPES["rowwise"])])
+    assert ends == [N + K]
+    assert (rows.shape, columns.shape) == ((N, 1), (1, K))
+    for scale, dim in ((rows, 1), (columns, 0)):
+        expected = tensor_to_scale(
+            weight,
+            torch.float8_e4m3fn,
+            scaling_granularity=ScalingGranularity.AXISWISE,
+            axiswise_dim=dim,
+            round_scales_to_power_of_2=True,
+        )
+        assert torch.equal(scale, expected)
+
+
+@pytest.mark.parametrize("cuts", [(0, 24, 48), (0, 20, 40, 48), (0, 48, 48), (0, 1, 48)], ids=str)
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_the_largest_over_the_shards_is_that_of_the_weight(
+    name: str, cuts: tuple[int, ...]
 ) -> None:
-    shard = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    payload = torch.full((6, 16), 77, dtype=torch.uint8)
-    precompute.cast_payload(shard, torch.full((1, 1), 3.0), TENSORWISE, payload)
-    expected = (shard.float() * 3).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-    assert torch.equal(payload[:rows], expected)
-    assert payload[rows:].eq(77).all()
+    """However the rows are cut: what MAX over the ranks completes."""
+    weight, recipe = hp_weight(), RECIPES[name]
+    parts = [
+        compute([part(weight, slice(*cut), recipe)])[1] for cut in zip(cuts, cuts[1:], strict=False)
+    ]
+    expected = compute([whole(weight, recipe)])[1]
+    assert torch.equal(torch.stack(parts).amax(0), expected)
+
+
+@pytest.mark.parametrize("cuts", [(0, 128, 256), (0, 100, 200, 256), (0, 1, 256)], ids=str)
+def test_blocks_that_are_cut_are_completed_by_the_other_shards(cuts: tuple[int, ...]) -> None:
+    weight, recipe = hp_weight(256, 256), RECIPES["blockwise"]
+    blocks = [[weight[i : i + 128, j : j + 128] for j in (0, 128)] for i in (0, 128)]
+    expected = [block.abs().max().item() for row in blocks for block in row]
+    parts = [
+        compute([part(weight, slice(*cut), recipe)])[1] for cut in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.stack(parts).amax(0).tolist() == expected
+
+
+def test_recipes_of_several_scale_formats_share_one_pass() -> None:
+    weight = hp_weight()
+    shards = [whole(weight), whole(weight, RECIPES["rowwise"])]
+    together, amaxes, ends = compute(shards)
+    assert ends == [1, 1 + N + K] and amaxes.numel() == ends[-1]
+    for found, shard in zip(together, shards, strict=True):
+        ((*alone,),), _, _ = compute([shard])
+        for one, other in zip(found, alone, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_one_all_reduce_for_all_weights(peer: dict[str, Any]) -> None:
+    weights = [hp_weight(seed=i) for i in range(3)]
+    peer["amaxes"] = torch.tensor([100.0, 0.0, 200.0])
+    scales, amaxes, _ = precompute.compute_scales([whole(w) for w in weights], Group(2), CPU)
+    assert peer["calls"] == 1
+    assert amaxes.tolist() == [100.0, weights[1].abs().max().item(), 200.0]
+    assert scales[0][0].item() == torch.tensor(448 / 100.0).item()
+
+
+@pytest.mark.gpu
+def test_scales_on_a_gpu_are_those_on_the_cpu() -> None:
+    weights = [hp_weight(seed=i).bfloat16() for i in range(3)]
+    weights[1][0, 3] = math.nan
+    for recipe in (TENSORWISE, RECIPES["rowwise"]):
+        on_cpu = compute([whole(weight, recipe) for weight in weights])
+        on_gpu = precompute.compute_scales(
+            [whole(weight.cuda(), recipe) for weight in weights], Group(1), torch.device("cuda")
+        )
+        torch.testing.assert_close(on_gpu[1].cpu(), on_cpu[1], rtol=0, atol=0, equal_nan=True)
+        for gpu, cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):
+            torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 0), slice(0, 1), slice(5, 10), slice(42, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+def test_cast_payload_fills_the_rows_of_the_shard_and_no_others(
+    name: str, dtype: torch.dtype, rows: slice
+) -> None:
+    weight, recipe = hp_weight().to(dtype), RECIPES[name]
+    scale = torch.rand(N if name == "rowwise" else 1, 1) * 100
+    shard = part(weight, rows, recipe)
+    assert precompute.payload_columns(shard) == K
+    payload = torch.full((6, K), 77, dtype=torch.uint8)
+    precompute.cast_payload(shard, scale, payload)
+    scaled = (weight.float() * scale)[rows].clamp(-448, 448)
+    count = rows.stop - rows.start
+    assert torch.equal(payload[:count], scaled.to(torch.float8_e4m3fn).view(torch.uint8))
+    assert payload[count:].eq(77).all()

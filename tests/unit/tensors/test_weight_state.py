@@ -61,13 +61,13 @@ def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each pass over the shards has covered."""
     calls: list[int] = []
-    local_amaxes = weight_state.precompute.local_amaxes
+    compute_scales = weight_state.precompute.compute_scales
 
-    def counting(shards: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    def counting(shards: list[Any], *args: Any) -> Any:
         calls.append(len(shards))
-        return local_amaxes(shards, device)
+        return compute_scales(shards, *args)
 
-    monkeypatch.setattr(weight_state.precompute, "local_amaxes", counting)
+    monkeypatch.setattr(weight_state.precompute, "compute_scales", counting)
     return calls
 
 
@@ -77,8 +77,8 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     cast_payload = weight_state.precompute.cast_payload
 
-    def counting(shard: torch.Tensor, *args: Any) -> None:
-        shapes.append(tuple(shard.shape))
+    def counting(shard: Any, *args: Any) -> None:
+        shapes.append(tuple(shard.data.shape))
         cast_payload(shard, *args)
 
     monkeypatch.setattr(weight_state.precompute, "cast_payload", counting)
@@ -94,8 +94,8 @@ def test_scale_and_payload_are_those_of_the_weight(mesh: DeviceMesh, dtype: torc
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
     payload, scale = quantized(hp_weight().to(dtype))
     state = layer.weight_state
-    assert state.scale.shape == (1, 1)
-    assert state.scale.item() == scale.item()
+    assert state.scales[0].shape == (1, 1)
+    assert state.scales[0].item() == scale.item()
     assert state.payload.dtype == torch.uint8
     assert torch.equal(state.payload, payload)
 
@@ -105,11 +105,12 @@ def test_an_edit_is_followed_by_a_new_scale_in_the_same_storage(mesh: DeviceMesh
     layer = sharded(mesh)
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
     state = layer.weight_state
-    scale, payload, version = state.scale, state.payload, state.scale._version
+    (scale,), payload = state.scales, state.payload
+    version = scale._version
     with torch.no_grad():
         layer.weight.copy_(layer.weight + 3)
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    assert state.scale is scale
+    assert state.scales[0] is scale
     assert state.payload is payload
     expected_payload, expected_scale = quantized(hp_weight() + 3)
     assert scale.item() == expected_scale.item()
@@ -166,12 +167,15 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
         def size(self, dim: int) -> int:
             return 5
 
+        def get_local_rank(self, dim: int) -> int:
+            return 4
+
     class Param:
         shape, placements, device_mesh = torch.Size((N, K)), (Shard(0),), Mesh()
 
     for rows in (10, 8, 0):
         state = WeightState(Float8Config(), "layer")
-        state.scale = torch.full((1, 1), 2.0)
+        state.scales = [torch.full((1, 1), 2.0)]
         shard = hp_weight()[:rows]
         payload = state.current_payload(shard, Param())
         assert payload.shape == (10, K)  # ceil(48 / 5)
@@ -191,8 +195,8 @@ def test_update_scales_takes_many_weights_at_once(
     update_scales([layer.weight_state for layer in layers], [layer.weight for layer in layers])
     assert amaxes_computed == [3]
     for i, layer in enumerate(layers):
-        assert layer.weight_state.scale.item() == quantized(hp_weight() * (i + 1))[1].item()
-    storages = {layer.weight_state.scale.untyped_storage().data_ptr() for layer in layers}
+        assert layer.weight_state.scales[0].item() == quantized(hp_weight() * (i + 1))[1].item()
+    storages = {layer.weight_state.scales[0].untyped_storage().data_ptr() for layer in layers}
     assert len(storages) == 3, "each in a storage of its own"
 
 
@@ -417,7 +421,7 @@ def test_the_first_weight_that_is_not_finite_is_named_once(
         fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == ["b has a NaN or Inf in its weight; training goes on with it"]
-    assert model.a.weight_state.scale.isfinite().all()
+    assert model.a.weight_state.scales[0].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -450,7 +454,7 @@ def test_copies_start_empty(mesh: DeviceMesh, duplicate: Callable[[Any], Any]) -
     other = duplicate(layer.weight_state)
     assert other.config == layer.weight_state.config
     assert other.fqn == "layers.0.wq"
-    assert other.seen is other.scale is other.payload is None
+    assert other.seen is other.scales is other.payload is None
     assert not other.payload_is_current
 
 
