@@ -97,14 +97,15 @@ class Trainer:
             unread.append(self._step(step))
             reporter.count_tokens(self.data.tokens_per_step)
             last = step == job.training.steps
-            saves = self.checkpointer is not None and (last or step % job.checkpoint.interval == 0)
+            saves = last or step % job.checkpoint.interval == 0
             logs = last or step == 1 or step % job.metrics.log_freq == 0
             if logs or saves:
                 self._read(unread)
             if logs:
                 reporter.report(step, self.optimizer.param_groups[0]["lr"])
-            if saves:
-                self._save(step)
+            if saves and self.checkpointer is not None:
+                progress = {"data": self.data.state_dict(), **self.record.history()}
+                self.checkpointer.save(step, progress)
         reporter.close()
         self._finish()
         return self.record
@@ -147,10 +148,6 @@ class Trainer:
         self.record.grad_norms += norms
         unread.clear()
 
-    def _save(self, step: int) -> None:
-        progress = {"step": step, "data": self.data.state_dict(), **self.record.history()}
-        self.checkpointer.save(step, progress)
-
     def _resume(self) -> int:
         """Restore the newest checkpoint; returns the number of steps already done."""
         progress = self.checkpointer.load_newest() if self.checkpointer is not None else None
@@ -158,8 +155,9 @@ class Trainer:
             return 0
         agree(lambda: self.data.load_state_dict(progress["data"]))
         self.record.restore_history(progress)
-        logger.info("resuming after step %d", progress["step"])
-        return progress["step"]
+        step = len(self.record.losses)
+        logger.info("resuming after step %d", step)
+        return step
 
     def _finish(self) -> None:
         """Write the record and its picture, and say how it ended."""

@@ -1,7 +1,7 @@
 """From a configuration to a sharded model: convert, checkpoint, compile, shard, initialise."""
 
 import functools
-import logging
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -16,9 +16,7 @@ from torch.utils.checkpoint import (
 
 import fp8dist
 from fp8dist.train.config import JobConfig
-from fp8dist.train.model import Llama, ModelShape
-
-logger = logging.getLogger(__name__)
+from fp8dist.train.model import Llama, ModelShape, TransformerBlock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,9 +91,8 @@ def checkpoint_activations(model: Llama, job: JobConfig) -> None:
         )
     elif mode == "selective":
         every = int(option)
-    for index, block in enumerate(model.layers, start=1):
-        if index % every == 0:
-            block.recompute = recompute
+    for block in list(model.layers)[every - 1 :: every]:
+        cast(TransformerBlock, block).recompute = recompute
 
 
 def _keep_or_recompute(context, op, *args, **kwargs) -> CheckpointPolicy:  # noqa: ANN001
