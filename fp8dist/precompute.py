@@ -166,14 +166,17 @@ def cast_payload(shard: Shard, scale: torch.Tensor | None, payload: torch.Tensor
 
 
 def _local_scale(scale: torch.Tensor, block: Block, shard: Shard) -> torch.Tensor:
-    """The scales of the blocks that a shard's elements are in, so that they match its data."""
+    """The scales of a shard's elements as `cast_into` takes them: one, or one per row and, along
+    the row, one per block of columns.
+    """
     for dim in (0, 1):
-        side, extent = block[dim], shard.data.size(dim)
-        if side == WHOLE or extent == shard.size[dim]:
+        side, start, extent = block[dim], shard.start[dim], shard.data.size(dim)
+        whole = extent == shard.size[dim]
+        if side == WHOLE or (whole and (dim == 1 or side == 1)):
             continue
         if side == 1:
-            scale = scale.narrow(dim, shard.start[dim], extent)
+            scale = scale.narrow(dim, start, extent)
         else:
-            index = torch.arange(extent, device=scale.device) + shard.start[dim]
-            scale = scale.index_select(dim, index // side)
+            index = torch.arange(start, start + extent, device=scale.device) // side
+            scale = scale.index_select(dim, index)
     return scale

@@ -208,6 +208,8 @@ def rescale_transposed(
 def cast_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
     """Twin of `numerics.cast_into`: one pass."""
     (m, n), bm = x.shape, 64
+    if scale.size(0) not in (1, m) or n % scale.size(1):
+        raise AssertionError(f"scales {tuple(scale.shape)} do not match rows of {tuple(x.shape)}")
     if scale.numel() == 1:
         kind, bn = _KINDS[TENSOR], 256
     elif scale.size(1) == 1:
