@@ -1,11 +1,13 @@
 """amaxes -> one all-reduce -> scales -> payloads, on plain tensors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from fp8dist import kernels, numerics
 from fp8dist.config import TENSOR, WHOLE, Block, Recipe
@@ -21,15 +23,25 @@ class Shard:
         data: (n, K) or (N, k), high precision; may be empty.
         size: (N, K) of the weight.
         start: the row and column of the weight at which the shard begins.
+        largest: the size of the largest shard, rank 0's.
         recipe: the weight's recipe.
-        packed: whether the scales travel in the payload (see `payload_columns`).
     """
 
     data: torch.Tensor
     size: Size
     start: Size
+    largest: Size
     recipe: Recipe
-    packed: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether the scales travel in the payload, each row's after its elements.
+
+        So do e8m0 scales where the payload may have a size of its own: FSDP2 wants that of the
+        largest shard where a shard is short, and puts columns together itself.
+        """
+        even_rows = self.size[1] == self.largest[1] and self.size[0] % self.largest[0] == 0
+        return self.recipe.scale_format == "e8m0" and even_rows
 
     @property
     def reduced_blocks(self) -> list[Block]:
@@ -37,14 +49,27 @@ class Shard:
 
         Blocks for which the backward operand is scaled are among them, as what arrives cannot
         tell the amaxes of the high-precision weight. In e8m0 there is one scale per 32 elements,
-        too many to send two sets of: there the backward operand is scaled by what arrived.
+        too many to send two sets of: there the backward operand is scaled by what arrived, and
+        what is exchanged, unless it is packed, are exponents.
         """
-        if self.packed:
-            return []
         recipe = self.recipe
-        if recipe.scale_format == "e8m0" or recipe.weight == recipe.weight_for_grad_input:
+        if recipe.scale_format == "e8m0":
+            return []
+        if recipe.weight == recipe.weight_for_grad_input:
             return [recipe.weight]
         return [recipe.weight, recipe.weight_for_grad_input]
+
+    @property
+    def exponent_words(self) -> tuple[int, int, int]:
+        """Rows, chunks of columns and words in which the e8m0 scales are exchanged.
+
+        A word of four scales belongs to one rank: a row's chunk, the columns of one rank, begins
+        a new one.
+        """
+        if self.recipe.scale_format != "e8m0" or self.packed:
+            return 0, 0, 0
+        scales = self.largest[1] // self.recipe.weight[1]
+        return self.size[0], self.size[1] // self.largest[1], -(-scales // 4)
 
 
 def scales_size(size: Size, block: Block) -> Size:
@@ -66,26 +91,40 @@ def compute_scales(
         device: where the collective runs.
 
     Returns:
-        scales: for each weight one float32 tensor per `reduced_blocks`, of `scales_size`: views
-            of one buffer.
+        scales: for each weight, one float32 tensor per `reduced_blocks`, of `scales_size`, views
+            of one buffer; or one of exponents, uint8, (N, K / 32); none if it is packed.
         amaxes: 1-D, float32: all amaxes of the full weights.
         ends: for each weight, where its amaxes end in `amaxes`.
     """
     regions = [(shard, block) for shard in shards for block in shard.reduced_blocks]
     sizes = [scales_size(shard.size, block) for shard, block in regions]
-    flat = torch.zeros(sum(r * c for r, c in sizes), dtype=torch.float32, device=device)
-    parts = [part.view(size) for part, size in zip(_split(flat, sizes), sizes, strict=True)]
+    amax_count = sum(rows * columns for rows, columns in sizes)
+    word_sizes = [shard.exponent_words for shard in shards]
+    word_counts = [math.prod(size) for size in word_sizes]
+    flat = torch.zeros(amax_count + sum(word_counts), dtype=torch.float32, device=device)
+    amaxes, words = flat.split([amax_count, sum(word_counts)])
+    all_words = [
+        part.view(size)
+        for part, size in zip(words.view(torch.int32).split(word_counts), word_sizes, strict=True)
+    ]
+    parts = [part.view(size) for part, size in zip(_split(amaxes, sizes), sizes, strict=True)]
     _fill_amaxes(shards, parts)
+    for shard, shard_words in zip(shards, all_words, strict=True):
+        _fill_exponents(shard, shard_words)
     if flat.numel() > 0:
         all_reduce_amaxes(flat, group)
-    scales = _scales(flat, regions, sizes)
-    by_weight, i = [], 0
-    for shard in shards:
-        count = len(shard.reduced_blocks)
-        by_weight.append(scales[i : i + count])
-        i += count
-    per_weight = [sum(scale.numel() for scale in of_weight) for of_weight in by_weight]
-    return by_weight, flat, list(accumulate(per_weight))
+    scales = iter(_scales(amaxes, regions, sizes))
+    by_weight = [
+        [_exponents(shard, shard_words)]
+        if shard_words.numel() > 0
+        else [next(scales) for _ in shard.reduced_blocks]
+        for shard, shard_words in zip(shards, all_words, strict=True)
+    ]
+    counts = [
+        sum(math.prod(scales_size(shard.size, block)) for block in shard.reduced_blocks)
+        for shard in shards
+    ]
+    return by_weight, amaxes, list(accumulate(counts))
 
 
 def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
@@ -102,10 +141,40 @@ def _fill_amaxes(shards: Sequence[Shard], parts: list[torch.Tensor]) -> None:
         if shard.data.is_cuda and blocks == [TENSOR]:
             batched.append((shard.data, mine[0]))
         else:
-            kernels.fill_amaxes(mine, shard.data, blocks, shard.start)
+            # Under CPU offload the shard is on the CPU and the buffer is not.
+            target = [part.to(shard.data.device) for part in mine]
+            kernels.fill_amaxes(target, shard.data, blocks, shard.start)
+            for part, filled in zip(mine, target, strict=True):
+                if part is not filled:
+                    part.copy_(filled)
     if batched:  # one launch for all weights
         norms = torch._foreach_norm([data for data, _ in batched], ord=torch.inf)
         torch._foreach_copy_([part.view(()) for _, part in batched], list(norms))
+
+
+# The order of exponent words as unsigned numbers is kept when they are compared as int32 with
+# the sign bit flipped. Then the least number, which MAX passes over, stands for no scales.
+_FLIP = -(2**31)
+
+
+def _fill_exponents(shard: Shard, words: torch.Tensor) -> None:
+    """Write a shard's e8m0 scales into its part of `exponent_words`, int32; the rest is least."""
+    words.fill_(_FLIP)
+    if shard.data.numel() == 0 or words.numel() == 0:
+        return
+    recipe = shard.recipe
+    amaxes = numerics.amax(shard.data, recipe.weight)
+    scale = numerics.amax_to_scale(amaxes, recipe.weight_dtype, recipe.scale_format)
+    exponents = numerics.scale_to_exponent(scale)
+    padded = F.pad(exponents, (0, words.size(2) * 4 - exponents.size(1)))
+    row, chunk = shard.start[0], shard.start[1] // shard.largest[1]
+    words[row : row + padded.size(0), chunk].copy_(padded.view(torch.int32) ^ _FLIP)
+
+
+def _exponents(shard: Shard, words: torch.Tensor) -> torch.Tensor:
+    """The e8m0 scales of the whole weight, (N, K / 32), from its words of all ranks."""
+    scales = shard.largest[1] // shard.recipe.weight[1]
+    return (words ^ _FLIP).view(torch.uint8)[:, :, :scales].flatten(1)
 
 
 def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:

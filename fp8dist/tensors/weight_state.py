@@ -96,8 +96,6 @@ class WeightState:
 
     def set_scales(self, scales: list[torch.Tensor], param: DTensor) -> None:
         """Take over new scales, for the parameter as it is now."""
-        if self.config.recipe.scale_format == "e8m0":
-            scales = [numerics.scale_to_exponent(scale) for scale in scales]
         if self.scales is None or any(
             mine.device != new.device for mine, new in zip(self.scales, scales, strict=True)
         ):
@@ -179,14 +177,9 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
     rows, columns = param.shape
     padded = padded_shard_size(param)
     rank = param.device_mesh.get_local_rank(shard_mesh_dim(param))
-    start = tuple(
+    row, column = (
         0 if extent == largest else min(rank * largest, extent)
         for extent, largest in zip((rows, columns), padded, strict=True)
-    )
-    packed = (
-        recipe.scale_format == "e8m0"
-        and padded[1] == columns
-        and rows % param.device_mesh.size(shard_mesh_dim(param)) == 0
     )
     if recipe.scale_format == "e8m0" and padded[1] % recipe.weight[1]:
         raise ValueError(
@@ -194,7 +187,7 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
             f"multiple of the {recipe.weight[1]} that recipe {recipe.name!r} scales together: "
             "shard it on dim 0"
         )
-    return precompute.Shard(data, (rows, columns), (start[0], start[1]), recipe, packed)
+    return precompute.Shard(data, (rows, columns), (row, column), padded, recipe)
 
 
 def update_scales(states: list[WeightState], params: list[DTensor]) -> None:
