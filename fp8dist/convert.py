@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from fp8dist import config as configs
 from fp8dist.config import Float8Config
@@ -156,7 +157,7 @@ def _float8_config(config: Any) -> Float8Config:
         return config
     if isinstance(config, str):
         return Float8Config(recipe_name=config)
-    if type(config).__module__.startswith("torchao."):
+    if type(config).__name__ == "Float8LinearConfig":  # torchao's; see `_is_torchao`
         return configs.from_torchao(config)
     raise ValueError(
         f"config is a {type(config).__name__}: pass a Float8Config, a torchao Float8LinearConfig, "
@@ -172,7 +173,10 @@ def _choose(
     for filter_fn, float8_config in rules:
         if filter_fn(linear, fqn):
             if _is_torchao(linear):
-                return configs.from_torchao(linear.config), None
+                try:
+                    return configs.from_torchao(linear.config), None
+                except ValueError as error:
+                    raise ValueError(f"{fqn}, converted by torchao: {error}") from None
             return float8_config, None
         if isinstance(filter_fn, float8_module_filter):
             reason = reason or filter_fn.reason(linear, fqn)
@@ -202,6 +206,8 @@ def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
         return "its weight is used without its forward (nn.MultiheadAttention)"
     if weight is None:
         return "its weight is not a plain parameter"
+    if is_lazy(weight):
+        return "its weight has no shape yet"
     if owners[id(weight)] > 1:
         return "its weight is tied to another layer's"
     if weight.dtype not in _HP_DTYPES:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from fp8dist import kernels
@@ -80,6 +81,7 @@ class _Float8Matmul(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -188,8 +190,19 @@ class Float8Linear(nn.Linear):
                 f"{self.weight.placements}: call the module that fully_shard was applied to, which "
                 "gathers the weight; tensor-parallel plans for Float8Linear are not supported"
             )
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if input.size(-1) != self.in_features:
+            raise ValueError(
+                f"{self._name()}: the input is {tuple(input.shape)}, its last dimension should be "
+                f"in_features={self.in_features}"
+            )
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            # As autocast would for F.linear; it must not cast inside the float8 function too.
+            with torch.autocast(device_type, enabled=False):
+                return self._linear(input.to(torch.get_autocast_dtype(device_type)))
+        return self._linear(input)
+
+    def _linear(self, input: torch.Tensor) -> torch.Tensor:
         output = _Float8Matmul.apply(input.reshape(-1, self.in_features), self.weight, self.config)
         if input.dim() != 2:
             # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
@@ -211,9 +224,10 @@ class Float8Linear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = destination.get(prefix + "weight")
-        if self.weight_state is not None and weight is not None and not keep_vars:
-            destination[prefix + "weight"] = _plain(weight)
+        if self.weight_state is not None and not keep_vars:
+            # From the parameter and not from what is saved, its detached copy: only tensors made
+            # from the inner one move its version, see [Note: noticing edits].
+            destination[prefix + "weight"] = _plain(self.weight)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -222,12 +236,12 @@ class Float8Linear(nn.Linear):
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
-    """The high-precision tensor without its subclass, sharing its storage."""
-    if isinstance(weight, DTensor):
-        if isinstance(weight._local_tensor, Float8ShardedWeight):
-            return _like_dtensor(weight, weight._local_tensor._tensor)
-        return weight
-    return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+    """The high-precision tensor without its subclass, sharing its storage and its versions."""
+    if isinstance(weight, DTensor) and isinstance(weight._local_tensor, Float8ShardedWeight):
+        plain = weight.detach()
+        plain._local_tensor = weight._local_tensor._tensor.detach()
+        return plain
+    return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()
 
 
 @torch.no_grad()

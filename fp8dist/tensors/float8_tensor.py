@@ -1,6 +1,5 @@
 """`Float8Tensor`: float8 data and its scale, standing for a high-precision tensor."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ class Float8Tensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Callable[..., Any],
+        func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -84,12 +83,13 @@ class Float8Tensor(torch.Tensor):
                 return source._with_data(func(source._data))
             if func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(source.shape):
                 return source._with_data(source._data.detach())
-        if func._schema.is_mutable:  # type: ignore[attr-defined]
-            written = args[0] if func._schema.arguments[0].is_write else None  # type: ignore[attr-defined]
-            if isinstance(written, cls):
-                raise AssertionError(
-                    f"{func} writes to an unsharded float8 weight: edit the sharded parameter"
-                )
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                if argument.is_write and any(isinstance(x, cls) for x in pytree.tree_leaves(value)):
+                    raise AssertionError(
+                        f"{func} writes to an unsharded float8 weight: edit the sharded parameter"
+                    )
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """`Float8ShardedWeight`: the high-precision shard of a weight that FSDP2 gathers in float8."""
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -67,19 +68,9 @@ def _warn_stale(fqn: str) -> None:
         )
 
 
-# Ops whose result is the same parameter, whole or in part, and shares its `Edits`; new_zeros,
-# empty_like and _pin_memory because FSDP2 and `to_empty` move a parameter with them.
-_SAME_PARAMETER_OPS = {
-    aten.detach.default,
-    aten.alias.default,
-    aten.view.default,
-    aten.as_strided.default,
-    aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.new_zeros.default,
-    aten.empty_like.default,
-    aten._pin_memory.default,
-}
+# Ops beside views whose result is the same parameter and shares its `Edits`: FSDP2 and `to_empty`
+# move a parameter with them.
+_MOVE_OPS = {aten.new_zeros.default, aten.empty_like.default, aten._pin_memory.default}
 # Ops whose result is another parameter with the same values.
 _COPY_OPS = {aten.clone.default, aten._to_copy.default}
 
@@ -128,7 +119,7 @@ class Float8ShardedWeight(torch.Tensor):
             cls, lambda tensor: tensor._tensor, (args, kwargs)
         )
         out = func(*inner_args, **inner_kwargs)
-        if func in _SAME_PARAMETER_OPS:
+        if func in _MOVE_OPS or _is_view(func):
             return _wrap_all(out, lambda tensor: cls(tensor, args[0]._edits))
         if func in _COPY_OPS:
             return _wrap_all(out, cls)
@@ -217,6 +208,13 @@ class Float8ShardedWeight(torch.Tensor):
             data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
         weight = Float8Tensor(data, scale, size, param_dtype, scale_for_grad_input)
         return weight, (payload,)
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether the result shares the storage of the argument and is not written to."""
+    aliases = [output.alias_info for output in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
