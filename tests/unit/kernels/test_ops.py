@@ -6,41 +6,9 @@ import torch
 from fp8dist import kernels, numerics
 from fp8dist.config import RECIPES, Block
 from fp8dist.numerics import Scaled
+from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
 
 pytestmark = pytest.mark.gpu
-
-SHAPES = [(256, 512), (1, 128), (130, 384), (1000, 128), (16, 1152), (640, 4224)]
-CONTENTS = ["normal", "wide", "zeros", "nan", "inf", "subnormal"]
-
-
-def make(shape: tuple[int, int], content: str, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(shape[0] + len(content))
-    x = torch.randn(shape, generator=generator)
-    if content == "wide":  # columns and rows of very different size
-        x = (
-            x
-            * torch.logspace(-12, 12, shape[1], base=2)
-            * torch.logspace(3, -20, shape[0], base=2)[:, None]
-        )
-    if content == "zeros":
-        x[:, : shape[1] // 2] = 0
-        x[: shape[0] // 2] = 0
-    if content == "nan":
-        x[shape[0] // 2, 5] = torch.nan
-    if content == "inf":
-        x[shape[0] // 2, 7] = -torch.inf
-    if content == "subnormal":
-        x = x * 1e-39
-    return x.to(dtype).cuda()
-
-
-def assert_same_bytes(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Equal bit for bit, except that a NaN may have any sign and payload."""
-    assert got.shape == want.shape and got.dtype == want.dtype
-    got, want = got.float(), want.float()
-    assert torch.equal(got.isnan(), want.isnan())
-    numbers = ~want.isnan()
-    assert torch.equal(got[numbers].view(torch.int32), want[numbers].view(torch.int32))
 
 
 def assert_same(got: Scaled | None, want: Scaled | None) -> None:
@@ -106,32 +74,3 @@ def test_rescale_transposed(name, content):
         got, want = kernels.rescale_transposed(*args), numerics.rescale_transposed(*args)
         assert got.data.is_contiguous()
         assert_same(got, want)
-
-
-@pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cast_into(dtype, content):
-    for shape in SHAPES:
-        x = make(shape, content, dtype)
-        for block in [(-1, -1), (1, -1), (1, 128)]:
-            scale = numerics.amax_to_scale(numerics.amax(x, block), torch.float8_e4m3fn, "exact")
-            # Poisoned, and with more rows than are to be written.
-            got = torch.full((shape[0] + 3, shape[1]), 0x55, dtype=torch.uint8, device="cuda")
-            want = got.clone()
-            kernels.cast_into(got[: shape[0]].view(torch.float8_e4m3fn), x, scale)
-            numerics.cast_into(want[: shape[0]].view(torch.float8_e4m3fn), x, scale)
-            assert_same_bytes(got.view(torch.float8_e4m3fn), want.view(torch.float8_e4m3fn))
-
-
-@pytest.mark.parametrize("content", CONTENTS)
-def test_fill_amaxes(content):
-    """Shards of one matrix, also ones that share a block, fill what the whole would."""
-    whole = make((640, 384), content, torch.float32)
-    blocks = [(-1, -1), (1, -1), (-1, 1), (128, 128)]
-    for dtype in (torch.float32, torch.bfloat16):
-        amaxes = [numerics.amax(whole.to(dtype), block).float() for block in blocks]
-        got = [torch.zeros_like(amax) for amax in amaxes]
-        for start, end in [(0, 200), (200, 201), (201, 640)]:
-            kernels.fill_amaxes(got, whole[start:end].to(dtype), blocks, (start, 0))
-        for mine, want in zip(got, amaxes, strict=True):
-            assert_same_bytes(mine, want)
