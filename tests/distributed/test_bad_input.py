@@ -1,0 +1,135 @@
+"""What cannot work is refused on every rank alike; what is merely bad shows and hangs nothing."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.fsdp import fully_shard
+
+import fp8dist
+from tests.distributed.harness import run_on_ranks
+from tests.distributed.toy import (
+    RECIPE_NAMES,
+    convert,
+    float8_model,
+    local_batch,
+    loss_of,
+    mesh_of,
+    new_model,
+    shard,
+    warnings_of_the_library,
+)
+
+
+def value_error_of(call: object) -> str:
+    try:
+        call()  # type: ignore[operator]
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def reshard_to_two_of_four() -> list[str]:
+    def model() -> nn.Module:
+        return float8_model(mesh_of(4), reshard_after_forward=2)
+
+    def forward() -> None:
+        loss_of(model(), local_batch(0))
+
+    def precompute() -> None:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model())
+
+    def register() -> None:
+        sharded = model()
+        optimizer = torch.optim.AdamW(sharded.parameters())
+        fp8dist.register_precompute_hook(optimizer, sharded)
+
+    return [value_error_of(call) for call in (forward, precompute, register)]
+
+
+def test_int_reshard_after_forward() -> None:
+    for messages in run_on_ranks(4, reshard_to_two_of_four):
+        for message in messages:
+            assert message.startswith("FSDPLlama: ")  # the first that was sharded so
+            assert "reshard_after_forward=<int>" in message
+            assert "reshard_after_forward=True" in message
+
+
+def refused_twice() -> list[str]:
+    """A caller that catches the refusal and goes on meets it again, and nothing worse."""
+    model = float8_model(mesh_of(4), reshard_after_forward=2)
+
+    def precompute() -> None:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+
+    return [value_error_of(precompute) for _ in range(2)]
+
+
+def test_int_reshard_after_forward_is_refused_again() -> None:
+    for first, second in run_on_ranks(4, refused_twice):
+        assert first == second
+
+
+def convert_sharded() -> str:
+    model = shard(new_model(), mesh_of(2))
+    return value_error_of(lambda: convert(model))
+
+
+def test_conversion_after_fully_shard() -> None:
+    for message in run_on_ranks(2, convert_sharded):
+        assert message.startswith("layers.0.wq: ")
+        assert "before parallelize_module and fully_shard" in message
+
+
+def converted_and_left_alone() -> tuple[list[str], list[str]]:
+    """A model of which FSDP2 has sharded a part that the filter leaves alone."""
+    model = new_model()
+    fully_shard(model.output, mesh=mesh_of(2))
+    convert(model)
+    return (
+        [name for name, module in model.named_modules() if isinstance(module, fp8dist.Float8Linear)],
+        [type(model.output.weight).__name__],
+    )
+
+
+def test_a_sharded_layer_that_the_filter_leaves_alone() -> None:
+    for names, kinds in run_on_ranks(2, converted_and_left_alone):
+        assert len(names) == 14
+        assert kinds == ["DTensor"]
+
+
+def train_with(
+    bad: float, recipe: str, precompute: bool
+) -> tuple[float, float, float, list[str]]:
+    """Losses before and after an edit that puts one bad element into the last rank's shard."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = float8_model(mesh_of(world), recipe)
+    with warnings_of_the_library() as messages:
+        good = loss_of(model, local_batch(0)).item()
+        with torch.no_grad():
+            local = model.layers[1].w1.weight.to_local()
+            edit = torch.zeros(local.shape, device=local.device)
+            edit[-1, -1] = bad if rank == world - 1 else 0.0
+            local.add_(edit)  # all ranks edit, as they must
+        losses = []
+        for number in range(2):
+            if precompute:
+                fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+            loss = loss_of(model, local_batch(number))
+            loss.backward()
+            losses.append(loss.item())
+    bad_messages = [message for message in messages if "NaN" in message]
+    return good, losses[0], losses[1], bad_messages
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("world, precompute", [(2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_a_bad_element_on_one_rank(recipe: str, world: int, precompute: bool, bad: float) -> None:
+    for good, first, second, messages in run_on_ranks(world, train_with, bad, recipe, precompute):
+        assert math.isfinite(good)
+        assert math.isnan(first) and math.isnan(second)
+        (message,) = messages
+        assert message.startswith("layers.1.w1 ")

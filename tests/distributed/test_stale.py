@@ -1,0 +1,191 @@
+"""An edited weight is gathered with scales of its new values, whichever way it was edited."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+
+import fp8dist
+from tests.distributed.harness import run_on_ranks
+from tests.distributed.toy import (
+    RECIPE_NAMES,
+    Llama,
+    float8_model,
+    full,
+    local_batch,
+    loss_of,
+    mesh_of,
+    same_bits,
+    warnings_of_the_library,
+)
+from tests.distributed.wire import collectives
+
+Edit = Callable[[Llama, Any], None]
+
+
+def optimizer_step(**options: Any) -> Edit:
+    def edit(model: Llama, folder: Any) -> None:
+        loss_of(model, local_batch(7)).backward()
+        torch.optim.AdamW(model.parameters(), lr=1e-2, **options).step()
+        model.zero_grad()
+
+    return edit
+
+
+def compiled_optimizer_step(model: Llama, folder: Any) -> None:
+    loss_of(model, local_batch(7)).backward()
+    # Compiling a step takes seconds per parameter.
+    weights = [model.layers[0].wq.weight, model.layers[1].w2.weight]
+    optimizer = torch.optim.AdamW(weights, lr=torch.tensor(1e-2))
+    # That it is compiled matters, not to what: this backend needs no C compiler.
+    torch.compile(optimizer.step, backend="aot_eager")()
+    model.zero_grad()
+
+
+def other_weights() -> dict[str, Any]:
+    other = float8_model(mesh_of(dist.get_world_size()))
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(1.5)
+    return other.state_dict()
+
+
+def load(model: Llama, folder: Any) -> None:
+    model.load_state_dict(other_weights())
+
+
+def load_assigning(model: Llama, folder: Any) -> None:
+    model.load_state_dict(other_weights(), assign=True)
+
+
+def dcp_load_in_place(model: Llama, folder: Any) -> None:
+    dcp.save(other_weights(), checkpoint_id=folder)
+    dcp.load(model.state_dict(), checkpoint_id=folder)
+
+
+def by_weight(edit: Callable[[nn.Parameter], object]) -> Edit:
+    @torch.no_grad()
+    def edit_all(model: Llama, folder: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, fp8dist.Float8Linear):
+                edit(module.weight)
+
+    return edit_all
+
+
+ROUTES: dict[str, Edit] = {
+    "for-loop": optimizer_step(foreach=False),
+    "foreach": optimizer_step(foreach=True),
+    "fused": optimizer_step(fused=True),
+    "compiled": compiled_optimizer_step,
+    "load_state_dict": load,
+    "load_state_dict(assign=True)": load_assigning,
+    "dcp.load": dcp_load_in_place,
+    "data": by_weight(lambda weight: weight.data.mul_(1.5)),
+    "mul_": by_weight(lambda weight: weight.mul_(1.5)),
+    "copy_": by_weight(lambda weight: weight.copy_(weight.detach().clone() * 1.5)),
+    "to_local": by_weight(lambda weight: weight.to_local().mul_(1.5)),
+    "view": by_weight(lambda weight: weight.to_local()[:, 0].mul_(1.5)),
+    "init": by_weight(lambda weight: nn.init.constant_(weight, 0.5)),
+}
+
+
+def edited(route: str, recipe: str, folder: Any) -> tuple[list[Any], list[str], list[list[str]]]:
+    """Of a model with precompute after the edit and of one without: the loss and gradients of the
+    next step, the warnings, and the reductions of amaxes in its forward."""
+    results, warned, reductions = [], [], []
+    for precompute in (True, False):
+        model = float8_model(mesh_of(dist.get_world_size()), recipe)
+        loss_of(model, local_batch(0)).backward()
+        model.zero_grad()
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+        before = full(model.layers[1].w2.weight)
+        with warnings_of_the_library() as messages:
+            ROUTES[route](model, f"{folder}/{precompute}")
+            assert not same_bits(full(model.layers[1].w2.weight), before)
+            if precompute:
+                fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+            with collectives() as forward:
+                loss = loss_of(model, local_batch(1))
+            loss.backward()
+        gradients = {name: full(param.grad) for name, param in model.named_parameters()}
+        results.append((loss.item(), gradients))
+        warned.append(messages)
+        reductions.append([str(c) for c in forward if c.reduction == "MAX"])
+    assert same_bits(results[0], results[1]), (results[0][0], results[1][0])
+    return results[0][0], warned, reductions
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_noticed(route: str, tmp_path: Any) -> None:
+    for loss, warned, reductions in run_on_ranks(3, edited, route, "tensorwise", str(tmp_path)):
+        assert math.isfinite(loss)
+        # Told, it neither warns nor communicates; untold, it warns once and reduces each weight.
+        assert warned[0] == [] and reductions[0] == []
+        (message,) = warned[1]
+        assert message.startswith("layers.0.wq ")
+        assert "precompute_float8_dynamic_scale_for_fsdp" in message
+        weights = 2 if route == "compiled" else 14
+        assert reductions[1] == ["all_reduce MAX int32[1] over 3 ranks"] * weights
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPE_NAMES if name != "tensorwise"])
+def test_noticed_whatever_the_recipe(recipe: str, tmp_path: Any) -> None:
+    for loss, warned, reductions in run_on_ranks(3, edited, "foreach", recipe, str(tmp_path)):
+        assert math.isfinite(loss)
+        assert warned[0] == [] and reductions[0] == []
+        assert len(warned[1]) == 1 and len(reductions[1]) == 14
+
+
+def precompute_first(recipe: str) -> tuple[list[str], list[str], bool]:
+    """Precompute before anything has run, when short ranks have not yet padded their shards."""
+    losses = []
+    with warnings_of_the_library() as messages:
+        for precompute in (True, False):
+            model = float8_model(mesh_of(dist.get_world_size()), recipe)
+            if precompute:
+                fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+            with collectives() as forward:
+                loss = loss_of(model, local_batch(0))
+            loss.backward()
+            if precompute:
+                issued = [c.name for c in forward]
+            losses.append(loss.item())
+    return issued, messages, losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_precompute_before_the_first_forward(recipe: str, world: int) -> None:
+    results = run_on_ranks(world, precompute_first, recipe)
+    assert results == [(["all_gather"] * 3, [], True)] * world
+
+
+def microbatches_and_evaluation() -> list[int]:
+    """Reductions in forwards that no edit came between."""
+    model = float8_model(mesh_of(dist.get_world_size()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    fp8dist.register_precompute_hook(optimizer, model)
+    loss_of(model, local_batch(0)).backward()
+    optimizer.step()
+    counts = []
+    with warnings_of_the_library() as messages:
+        for number in range(3):
+            with collectives() as issued:
+                loss_of(model, local_batch(number)).backward()
+                with torch.no_grad():
+                    loss_of(model, local_batch(number))
+                model.state_dict()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            counts.append(len([c for c in issued if c.reduction == "MAX"]))
+    assert messages == []
+    return counts
+
+
+def test_what_edits_nothing_costs_nothing() -> None:
+    assert run_on_ranks(3, microbatches_and_evaluation) == [[0, 0, 0]] * 3
