@@ -23,11 +23,13 @@ def hp_weight(rows: int = N, columns: int = K, seed: int = 0) -> torch.Tensor:
 
 
 def whole(weight: torch.Tensor, recipe: Recipe = TENSORWISE) -> Shard:
-    return Shard(weight, (weight.size(0), weight.size(1)), (0, 0), recipe)
+    return part(weight, slice(0, weight.size(0)), recipe)
 
 
 def part(weight: torch.Tensor, rows: slice, recipe: Recipe = TENSORWISE) -> Shard:
-    return Shard(weight[rows], (weight.size(0), weight.size(1)), (rows.start, 0), recipe)
+    """Some rows. How many the largest shard has matters to e8m0 only; here it has them all."""
+    size = (weight.size(0), weight.size(1))
+    return Shard(weight[rows], size, start=(rows.start, 0), largest=size, recipe=recipe)
 
 
 class Group:
