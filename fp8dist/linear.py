@@ -238,7 +238,7 @@ class Float8Linear(nn.Linear):
 def _plain(weight: torch.Tensor) -> torch.Tensor:
     """The high-precision tensor without its subclass, sharing its storage and its versions."""
     if isinstance(weight, DTensor) and isinstance(weight._local_tensor, Float8ShardedWeight):
-        plain = weight.detach()
+        plain: Any = weight.detach()
         plain._local_tensor = weight._local_tensor._tensor.detach()
         return plain
     return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()

@@ -36,20 +36,20 @@ def check_reshard(root: nn.Module | None) -> None:
     """
     if root is None or root in _checked_roots:
         return
-    _checked_roots.add(root)
     for fqn, module in root.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         # FSDP2 has no public getter; `_fsdp_param_group` is there in torch 2.11 to 2.13.
         group = module._get_fsdp_state()._fsdp_param_group
-        if group is None or group.post_forward_mesh_info is None:
+        if group is None or not any(is_sharded(p.sharded_param) for p in group.fsdp_params):
             continue
-        if group.post_forward_mesh_info is not group.mesh_info:
+        if group.post_forward_mesh_info not in (None, group.mesh_info):
             raise ValueError(
                 f"{fqn or type(module).__name__}: fully_shard(reshard_after_forward=<int>) does "
                 "not work with weights gathered in float8: use reshard_after_forward=True or "
                 "False, or Float8Config(enable_fsdp_float8_all_gather=False)"
             )
+    _checked_roots.add(root)
 
 
 _warned_stale = False

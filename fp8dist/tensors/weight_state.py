@@ -132,9 +132,22 @@ class WeightState:
         if scale is not None and scale.dtype == torch.uint8:
             scale = numerics.exponent_to_scale(scale)
         precompute.cast_payload(shard, scale, payload)
+        if self.config.recipe.scale_format == "e8m0":
+            self._report_bad_exponents(
+                payload[:, data.size(1) :] if shard.packed else self.scales[0]
+            )
         if self.config.cache_payload:
             self.payload, self.payload_is_current = payload, True
         return payload
+
+    def _report_bad_exponents(self, exponents: torch.Tensor) -> None:
+        """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
+
+        Packed, these are the shard's own: the ranks that hold the bad elements report them.
+        """
+        if exponents.numel() > 0:
+            bad = exponents.max().view(1) >= 254
+            _report_non_finite([self], torch.where(bad, torch.inf, 0.0), [1])
 
 
 def shard_mesh_dim(param: DTensor) -> int:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import fully_shard
 
 import fp8dist
+from fp8dist.config import RECIPES
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.toy import (
     RECIPE_NAMES,
@@ -52,7 +53,7 @@ def reshard_to_two_of_four() -> list[str]:
 def test_int_reshard_after_forward() -> None:
     for messages in run_on_ranks(4, reshard_to_two_of_four):
         for message in messages:
-            assert message.startswith("FSDPLlama: ")  # the first that was sharded so
+            assert message.startswith("layers.0: ")  # the first with weights in float8
             assert "reshard_after_forward=<int>" in message
             assert "reshard_after_forward=True" in message
 
@@ -89,7 +90,11 @@ def converted_and_left_alone() -> tuple[list[str], list[str]]:
     fully_shard(model.output, mesh=mesh_of(2))
     convert(model)
     return (
-        [name for name, module in model.named_modules() if isinstance(module, fp8dist.Float8Linear)],
+        [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, fp8dist.Float8Linear)
+        ],
         [type(model.output.weight).__name__],
     )
 
@@ -100,9 +105,7 @@ def test_a_sharded_layer_that_the_filter_leaves_alone() -> None:
         assert kinds == ["DTensor"]
 
 
-def train_with(
-    bad: float, recipe: str, precompute: bool
-) -> tuple[float, float, float, list[str]]:
+def train_with(bad: float, recipe: str, precompute: bool) -> tuple[float, float, float, list[str]]:
     """Losses before and after an edit that puts one bad element into the last rank's shard."""
     world, rank = dist.get_world_size(), dist.get_rank()
     model = float8_model(mesh_of(world), recipe)
@@ -128,8 +131,15 @@ def train_with(
 @pytest.mark.parametrize("world, precompute", [(2, True), (3, True), (3, False)])
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_a_bad_element_on_one_rank(recipe: str, world: int, precompute: bool, bad: float) -> None:
-    for good, first, second, messages in run_on_ranks(world, train_with, bad, recipe, precompute):
+    # Where the scales travel in the payload nothing else is exchanged, and only the rank that holds
+    # the element knows.
+    packed = RECIPES[recipe].scale_format == "e8m0" and world == 2
+    results = run_on_ranks(world, train_with, bad, recipe, precompute)
+    for rank, (good, first, second, messages) in enumerate(results):
         assert math.isfinite(good)
         assert math.isnan(first) and math.isnan(second)
-        (message,) = messages
-        assert message.startswith("layers.1.w1 ")
+        if packed and rank < world - 1:
+            assert not messages
+        else:
+            (message,) = messages
+            assert message.startswith("layers.1.w1 ")
