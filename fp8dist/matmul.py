@@ -34,6 +34,8 @@ def scaled_matmul(
     """
     if not hardware.multiplies(a.data.device, recipe, emulate):
         return _dequantized_matmul(a, b, output_dtype, recipe)
+    if a.data.numel() == 0:  # no tokens; cuBLAS refuses empty matrices
+        return a.scale.new_zeros((a.data.size(0), b.data.size(0)), dtype=output_dtype)
     a_data, b_data = _aligned(a.data), _aligned(b.data)
     tensorwise = a.block == b.block == TENSOR
     if a.block == ROW and b.block == TENSOR:

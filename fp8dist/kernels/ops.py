@@ -1,14 +1,15 @@
 """The Triton kernels as torch ops, so that eager code and the compiler call the same.
 
-Each op is the twin of a function in `fp8dist.numerics` and gives the same bytes.
+Each op is the twin of a function in `fp8dist.numerics` and gives the same bytes. The ops are opaque
+to the compiler, not `triton_op`s, because it merges equal calls of an opaque op: layers that share
+an input share its cast and what is saved of it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from fp8dist.config import COLUMN, ROW, TENSOR, Block, ScaleFormat
 from fp8dist.kernels import triton_kernels as kernels
@@ -27,17 +28,11 @@ def _grid(m: int, n: int, bm: int, bn: int) -> tuple[int, int]:
     return triton.cdiv(m, bm), triton.cdiv(n, bn)
 
 
-def _unused(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.float32, device=x.device)
-
-
-def _launch_amax(
-    launcher: Any, x: torch.Tensor, buffers: dict[int, torch.Tensor], row_start: int = 0
-) -> None:
+def _launch_amax(x: torch.Tensor, buffers: dict[int, torch.Tensor], row_start: int = 0) -> None:
     """Raise the amaxes in `buffers` (int32 bits, by kind) to those of x."""
     (m, n), bm, bn = x.shape, 64, 128
     unused = next(iter(buffers.values()))
-    launcher[_grid(m, n, bm, bn)](
+    kernels.amax_kernel[_grid(m, n, bm, bn)](
         x,
         buffers.get(1, unused),
         buffers.get(2, unused),
@@ -63,7 +58,7 @@ def _amax_bits(x: torch.Tensor, kinds: set[int]) -> dict[int, torch.Tensor]:
     bits = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=x.device)
     buffers = dict(zip(sizes, bits.split(list(sizes.values())), strict=True))
     if x.numel() > 0 and buffers:
-        _launch_amax(wrap_triton(kernels.amax_kernel), x, buffers)
+        _launch_amax(x, buffers)
     return buffers
 
 
@@ -75,10 +70,14 @@ def fill_amaxes(
     for part, block in zip(amaxes, blocks, strict=True):
         bits = part.view(torch.int32)
         buffers[_kind(block)] = bits[row_start:] if block == ROW else bits
-    _launch_amax(kernels.amax_kernel, x, buffers, row_start)
+    _launch_amax(x, buffers, row_start)
 
 
-@triton_op("fp8dist::quantize", mutates_args={})
+def _as_block(block: list[int] | None) -> Block | None:
+    return None if block is None else (block[0], block[1])
+
+
+@custom_op("fp8dist::quantize", mutates_args=())
 def _quantize(
     x: torch.Tensor,
     block: list[int] | None,
@@ -91,64 +90,92 @@ def _quantize(
     """See `quantize_both` and `rescale_transposed`; what is not wanted comes back empty."""
     x = x if x.stride(1) == 1 else x.contiguous()
     (m, n), bm, bn = x.shape, 128, 128
-    a = None if block is None else (block[0], block[1])
-    b = None if transposed_block is None else (transposed_block[0], transposed_block[1])
+    a, b = _as_block(block), _as_block(transposed_block)
     kind, t_kind = _kind(a), _kind(b)
-    unused = _unused(x)
+    data, scale, t_data, t_scale = _quantize_outputs(x, a, b, float8_dtype, new_scale is not None)
+    if x.numel() == 0:
+        return data, scale, t_data, t_scale
+    m_padded = t_data.size(1) if b is not None else m
+    unused = x
     wanted = {k for k in (kind, t_kind) if k not in (_NONE, _OWN)}
     amaxes = _amax_bits(x, wanted) if new_scale is None else {}
-    # An op's outputs must not share storage.
-    data, scale, t_data, t_scale = (_unused(x) for _ in range(4))
-    m_padded = m
-    if a is not None:
-        data = torch.empty((m, n), dtype=float8_dtype, device=x.device)
-        size = {1: (1, 1), 2: (m, 1), 4: (n // a[1], m)}[kind]
-        scale = torch.empty(size, dtype=torch.float32, device=x.device)
-    if b is not None:
-        m_padded = m + -m % token_multiple(b)
-        t_data = torch.empty((n, m_padded), dtype=float8_dtype, device=x.device)
-        if new_scale is None:
-            size = {1: (1, 1), 3: (n, 1), 4: (m_padded // b[0], n)}[t_kind]
-            t_scale = torch.empty(size, dtype=torch.float32, device=x.device)
-    if x.numel() > 0:
-        wrap_triton(kernels.quantize_kernel)[_grid(m_padded, n, bm, bn)](
-            x,
-            unused if x_scale is None else x_scale,
-            amaxes.get(kind, unused),
-            data,
-            scale,
-            amaxes.get(t_kind, unused) if new_scale is None else new_scale,
-            t_data,
-            t_scale,
-            m,
-            n,
-            m_padded,
-            x.stride(0),
-            n,
-            FLOAT8_MAX=torch.finfo(float8_dtype).max,
-            FORMAT=scale_format,
-            X_SCALE=_NONE if x_scale is None else (2 if x_scale.size(1) == 1 else _OWN),
-            KIND=kind,
-            BLOCK=a[1] if a is not None and kind == _OWN else 1,
-            T_KIND=t_kind,
-            T_BLOCK=b[0] if b is not None and t_kind == _OWN else 1,
-            T_GIVEN=new_scale is not None,
-            BM=bm,
-            BN=bn,
-            num_warps=8,
-        )
+    kernels.quantize_kernel[_grid(m_padded, n, bm, bn)](
+        x,
+        unused if x_scale is None else x_scale,
+        amaxes.get(kind, unused),
+        data,
+        scale,
+        amaxes.get(t_kind, unused) if new_scale is None else new_scale,
+        t_data,
+        t_scale,
+        m,
+        n,
+        m_padded,
+        x.stride(0),
+        n,
+        FLOAT8_MAX=torch.finfo(float8_dtype).max,
+        FORMAT=scale_format,
+        X_SCALE=_NONE if x_scale is None else (2 if x_scale.size(1) == 1 else _OWN),
+        KIND=kind,
+        BLOCK=a[1] if a is not None and kind == _OWN else 1,
+        T_KIND=t_kind,
+        T_BLOCK=b[0] if b is not None and t_kind == _OWN else 1,
+        T_GIVEN=new_scale is not None,
+        BM=bm,
+        BN=bn,
+        num_warps=8,
+    )
     return data, scale, t_data, t_scale
 
 
-@triton_op("fp8dist::transpose", mutates_args={})
+def _quantize_outputs(
+    x: torch.Tensor, a: Block | None, b: Block | None, dtype: torch.dtype, given: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, n = x.shape
+    sizes: list[tuple[int, int]] = [(0, 0)] * 4
+    if a is not None:
+        sizes[0] = (m, n)
+        sizes[1] = {1: (1, 1), 2: (m, 1), _OWN: (n // a[1], m)}[_kind(a)]
+    if b is not None:
+        m_padded = m + -m % token_multiple(b)
+        sizes[2] = (n, m_padded)
+        if not given:
+            sizes[3] = {1: (1, 1), 3: (n, 1), _OWN: (m_padded // b[0], n)}[_kind(b)]
+    data, scale, t_data, t_scale = (
+        torch.empty(size, dtype=kind, device=x.device)
+        for size, kind in zip(sizes, (dtype, torch.float32, dtype, torch.float32), strict=True)
+    )
+    return data, scale, t_data, t_scale
+
+
+@_quantize.register_fake
+def _(
+    x: torch.Tensor,
+    block: list[int] | None,
+    transposed_block: list[int] | None,
+    float8_dtype: torch.dtype,
+    scale_format: str,
+    x_scale: torch.Tensor | None,
+    new_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    a, b = _as_block(block), _as_block(transposed_block)
+    return _quantize_outputs(x, a, b, float8_dtype, new_scale is not None)
+
+
+@custom_op("fp8dist::transpose", mutates_args=())
 def _transpose(x: torch.Tensor) -> torch.Tensor:
     """(M, N) bytes, copied as (N, M)."""
     (m, n), bm, bn = x.shape, 128, 128
     out = torch.empty((n, m), dtype=x.dtype, device=x.device)
-    wrap_triton(kernels.transpose_kernel)[_grid(m, n, bm, bn)](
+    kernels.transpose_kernel[_grid(m, n, bm, bn)](
         x, out, m, n, x.stride(0), m, BM=bm, BN=bn, num_warps=8
     )
     return out
+
+
+@_transpose.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty((x.size(1), x.size(0)), dtype=x.dtype, device=x.device)
 
 
 def quantize_both(
