@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 
-from fp8dist.train.noise import quiet_imports
+from fp8dist.train.noise import quiet
 
-quiet_imports()
+quiet()
 
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402

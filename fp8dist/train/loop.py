@@ -1,6 +1,7 @@
 """One training run, from a configuration to its record."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class Trainer:
         self.job, self.device = job, device
         self.folder = Path(job.job.dump_folder)
         if job.debug.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch then asks for
             torch.use_deterministic_algorithms(True)
 
         documents, tokenizer = agree(lambda: find_data(job))

@@ -40,17 +40,24 @@ FLAVORS = {
 def model_shape(flavor: str, vocab_size: int = 0) -> ModelShape:
     """The sizes of `flavor`, with room for `vocab_size` token ids.
 
-    The vocabulary grows to a multiple of 16, which float8 matmuls need, and never shrinks.
+    "8B:4" is 8B with 4 layers. The vocabulary grows to a multiple of 16, which float8 matmuls
+    need, and never shrinks.
 
     Raises:
         ValueError: there is no such flavor.
     """
-    if flavor not in FLAVORS:
+    name, colon, layers = flavor.partition(":")
+    if name not in FLAVORS or (colon and not (layers.isdecimal() and int(layers) >= 1)):
         raise ValueError(
-            f"model.flavor {flavor!r} does not exist; choose one of {', '.join(FLAVORS)}"
+            f"model.flavor {flavor!r} does not exist; choose one of {', '.join(FLAVORS)}, or with "
+            "fewer layers, as in 8B:4"
         )
-    shape = FLAVORS[flavor]
-    return replace(shape, vocab_size=max(shape.vocab_size, -(-vocab_size // 16) * 16))
+    shape = FLAVORS[name]
+    return replace(
+        shape,
+        n_layers=int(layers) if colon else shape.n_layers,
+        vocab_size=max(shape.vocab_size, -(-vocab_size // 16) * 16),
+    )
 
 
 class RotaryEmbedding(nn.Module):

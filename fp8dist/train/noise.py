@@ -3,14 +3,16 @@
 import logging
 
 # torchao tries extensions built for other hardware and Python versions, and registers enums in
-# a way that torch 2.13 calls deprecated. Neither says anything about the job.
+# a way that torch 2.13 calls deprecated. Compiled selective checkpointing asks for blocks without
+# in-place operations, and the model's have none. None of this says anything about the job.
 HARMLESS = {
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "torch.utils._pytree": ("%s is an Enum subclass",),
+    "torch._higher_order_ops.wrap": ("\nDetected that context_fn is passed",),
 }
 
 
-def quiet_imports() -> None:
+def quiet() -> None:
     """Drop the messages in `HARMLESS`; call it before the first import of torchao."""
     for name, beginnings in HARMLESS.items():
         logging.getLogger(name).addFilter(_DropMessages(beginnings))

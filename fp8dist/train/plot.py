@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fp8dist.train.metrics import RunRecord, readable_bytes
 
-SMOOTHED_STEPS = 20
-"""The strong line is a running mean over this many steps; the faint one is every step."""
+SMOOTHED_PART = 20
+"""The strong line is a running mean over 1/20 of the steps; the faint one is every step."""
 
 
 def plot_losses(runs: dict[str, RunRecord], title: str, path: Path) -> None:
@@ -25,11 +25,9 @@ def plot_losses(runs: dict[str, RunRecord], title: str, path: Path) -> None:
     axes = figure.subplots()
     for index, (name, run) in enumerate(runs.items()):
         color, steps = f"C{index}", range(1, len(run.losses) + 1)
-        smooth = [
-            sum(window) / len(window)
-            for end in steps
-            if (window := run.losses[max(0, end - SMOOTHED_STEPS) : end])
-        ]
+        width = max(1, len(run.losses) // SMOOTHED_PART)
+        windows = [run.losses[max(0, end - width) : end] for end in steps]
+        smooth = [sum(window) / len(window) for window in windows]
         wire = readable_bytes(run.gathered_bytes_per_step)
         label = f"{name}: loss {run.final_loss:.3f}, {wire} gathered per step and rank"
         axes.plot(steps, run.losses, color=color, alpha=0.25, linewidth=0.8)

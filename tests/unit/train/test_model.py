@@ -171,6 +171,12 @@ def test_vocabulary_grows_in_sixteens(tokens: int, vocab: int) -> None:
     assert model_shape("debugmodel", tokens).vocab_size == vocab
 
 
-def test_unknown_flavor_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"'7B'.*debugmodel, 8B, 70B"):
-        model_shape("7B")
+def test_flavor_with_another_number_of_layers() -> None:
+    assert model_shape("8B:4").n_layers == 4
+    assert model_shape("8B:4").dim == FLAVORS["8B"].dim
+
+
+@pytest.mark.parametrize("flavor", ["7B", "8B:", "8B:0", "8B:x", ":4"])
+def test_unknown_flavor_is_refused_with_those_there_are(flavor: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{flavor}'.*debugmodel, 8B, 70B.*8B:4"):
+        model_shape(flavor)
