@@ -26,7 +26,10 @@ def compare(job: JobConfig, device: torch.device) -> dict[str, RunRecord]:
     # Not "bf16": what the unconverted run gathers and computes in is the job's own choice.
     plain_name = job.training.mixed_precision_param
     runs: dict[str, RunRecord] = {}
-    for name, converters in ((plain_name, []), ("float8", [FLOAT8_CONVERTER])):
+    for name, converters in (
+        (plain_name, []),
+        ("float8", job.model.converters or [FLOAT8_CONVERTER]),
+    ):
         logger.info("--- %s", name)
         variant = copy.deepcopy(job)
         variant.model.converters = converters
