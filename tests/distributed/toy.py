@@ -171,8 +171,10 @@ def train(
 def same_bits(a: Any, b: Any) -> bool:
     """Whether two results, of tensors, numbers and containers, are bitwise equal; NaN is NaN."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and (
-            a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and (a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8)))
         )
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
