@@ -21,15 +21,18 @@ from fp8dist.train.config_sections import (
     DATASETS,
     FETCHED_DATASETS,
     FLOAT8_CONVERTER,
+    MX_CONVERTER,
     ActivationCheckpointSection,
     CheckpointSection,
     CommSection,
     CompileSection,
     DebugSection,
+    Float8LinearSection,
     JobSection,
     LRSchedulerSection,
     MetricsSection,
     ModelSection,
+    MXLinearSection,
     OptimizerSection,
     ParallelismSection,
     QuantizeSection,
@@ -77,9 +80,16 @@ class JobConfig:
     comm: CommSection = field(default_factory=CommSection)
 
     @property
+    def conversion(self) -> Float8LinearSection | MXLinearSection | None:
+        """The section that says how linear layers are converted; None: they are not."""
+        if FLOAT8_CONVERTER in self.model.converters:
+            return self.quantize.linear.float8
+        return self.quantize.linear.mx if MX_CONVERTER in self.model.converters else None
+
+    @property
     def float8_enabled(self) -> bool:
-        """Whether `model.converters` asks for float8 linear layers."""
-        return FLOAT8_CONVERTER in self.model.converters
+        """Whether `model.converters` asks for float8 linear layers, of whatever recipe."""
+        return self.conversion is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Every section and key as nested plain dicts, ready for JSON."""
@@ -101,6 +111,7 @@ class JobConfig:
                     raise ValueError(f"{key} is {value}; it must be {words}")
         self._validate_degrees()
         self._validate_converters()
+        self._validate_recipes()
         self._validate_float8()
         self._validate_activation_checkpoint()
         self._validate_dataset()
@@ -115,24 +126,42 @@ class JobConfig:
                 )
 
     def _validate_converters(self) -> None:
+        known = (FLOAT8_CONVERTER, MX_CONVERTER)
         for name in self.model.converters:
-            if name == FLOAT8_CONVERTER:
-                continue
-            if name == "quantize.linear.mx" or name.startswith("quantize.grouped_mm."):
+            if name.startswith("quantize.grouped_mm."):
                 raise ValueError(
                     f"model.converters has {name!r}, which is not supported yet; use "
-                    f"{FLOAT8_CONVERTER!r}"
+                    f"{' or '.join(known)}"
                 )
+            if name not in known:
+                raise ValueError(
+                    f"model.converters has the unknown {name!r}"
+                    f"{did_you_mean(name, known, cutoff=0)}"
+                )
+        if set(known) <= set(self.model.converters):
             raise ValueError(
-                f"model.converters has the unknown {name!r}; did you mean {FLOAT8_CONVERTER!r}?"
+                f"model.converters has both {' and '.join(known)}: a job has one recipe, keep one "
+                f"of them. From Python, fp8dist.convert_to_float8_training takes a list of "
+                f"(filter, recipe) for models that mix recipes"
             )
 
+    def _validate_recipes(self) -> None:
+        linear = self.quantize.linear
+        named = {FLOAT8_CONVERTER: linear.float8.recipe_name, MX_CONVERTER: linear.mx.recipe_name}
+        for section, name in named.items():
+            try:
+                recipe = fp8dist.config.recipe(name)
+            except ValueError as error:
+                raise ValueError(f"{section}.recipe_name: {error}") from None
+            right = MX_CONVERTER if recipe.scale_format == "e8m0" else FLOAT8_CONVERTER
+            if section != right:
+                raise ValueError(
+                    f"{section}.recipe_name is {name!r}, a recipe of {right}: set "
+                    f"{right}.recipe_name, and model.converters to {right}"
+                )
+
     def _validate_float8(self) -> None:
-        section, float8 = "quantize.linear.float8", self.quantize.linear.float8
-        try:
-            fp8dist.config.recipe(float8.recipe_name)
-        except ValueError as error:
-            raise ValueError(f"{section}.recipe_name: {error}") from None
+        section, float8 = FLOAT8_CONVERTER, self.quantize.linear.float8
         if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.float8_all_gather:
             raise ValueError(
                 f"{section}.precompute_float8_dynamic_scale_for_fsdp is true but "
@@ -198,7 +227,9 @@ def key_types() -> dict[str, Any]:
 
     def walk(section: Any, prefix: str) -> dict[str, Any]:
         keys: dict[str, Any] = {}
-        for name, annotation in get_type_hints(section).items():
+        annotations = get_type_hints(section)
+        for name in (one.name for one in dataclasses.fields(section)):
+            annotation = annotations[name]
             if dataclasses.is_dataclass(annotation):
                 keys |= walk(annotation, f"{prefix}{name}.")
             else:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 FLOAT8_CONVERTER = "quantize.linear.float8"
-"""The name in `model.converters` that turns float8 on."""
+"""The name in `model.converters` that turns the float8 recipes on."""
+
+MX_CONVERTER = "quantize.linear.mx"
+"""The name in `model.converters` that turns the MXFP8 recipes on."""
 
 BUILT_IN_DATASET = "stdlib"
 """Name of the data set that every machine with Python has."""
@@ -60,7 +63,7 @@ class ModelSection:
     hf_assets_path: str | None = None
     """Folder whose tokenizer.json is the tokenizer; none: one token per byte of text."""
     converters: list[str] = field(default_factory=list)
-    """Conversions of the model, comma-separated: quantize.linear.float8, or nothing."""
+    """Conversion of the linear layers: quantize.linear.float8, quantize.linear.mx, or nothing."""
 
 
 @dataclass
@@ -233,10 +236,27 @@ class Float8LinearSection:
 
 
 @dataclass
+class MXLinearSection:
+    """Linear layers in MXFP8; on when model.converters has quantize.linear.mx. Weights are always
+    gathered in float8."""
+
+    recipe_name: str = "mxfp8_rceil"
+    """mxfp8_rceil (short: mxfp8), or mxfp8_rceil_wgrad_with_hp: grad_weight in high precision."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers left unconverted, comma-separated parts of their names."""
+
+    # What the float8 section lets one choose.
+    float8_all_gather: ClassVar[bool] = True
+    precompute_scales: ClassVar[bool] = True
+    emulate: ClassVar[bool] = False
+
+
+@dataclass
 class QuantizeLinearSection:
     """Quantization of linear layers."""
 
     float8: Float8LinearSection = field(default_factory=Float8LinearSection)
+    mx: MXLinearSection = field(default_factory=MXLinearSection)
 
 
 @dataclass

@@ -138,7 +138,8 @@ class Trainer:
 
     def _precompute(self) -> None:
         """All scales of the next step in one all-reduce, if the job gathers in float8."""
-        if self.job.float8_enabled and self.job.quantize.linear.float8.precompute_scales:
+        conversion = self.job.conversion
+        if conversion is not None and conversion.precompute_scales:
             fp8dist.precompute_float8_dynamic_scale_for_fsdp(self.model)
 
     def _read(self, unread: list[torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ class ModelShape:
 
 FLAVORS = {
     "debugmodel": ModelShape(
-        dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=704, vocab_size=256
+        dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=768, vocab_size=256
     ),
     "8B": ModelShape(
         dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=128256

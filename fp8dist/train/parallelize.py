@@ -63,16 +63,18 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
 
 
 def convert(model: nn.Module, job: JobConfig) -> None:
-    """Turn the linear layers of `model` into float8 ones, as `quantize.linear.float8` says."""
-    float8 = job.quantize.linear.float8
+    """Turn the linear layers of `model` into float8 ones, as the job's converter says."""
+    section = job.conversion
+    if section is None:
+        raise AssertionError("the job converts no layers")
     fp8dist.convert_to_float8_training(
         model,
         config=fp8dist.Float8Config(
-            recipe_name=float8.recipe_name,
-            enable_fsdp_float8_all_gather=float8.float8_all_gather,
-            emulate=float8.emulate,
+            recipe_name=section.recipe_name,
+            enable_fsdp_float8_all_gather=section.float8_all_gather,
+            emulate=section.emulate,
         ),
-        module_filter_fn=fp8dist.float8_module_filter(float8.recipe_name, float8.filter_fqns),
+        module_filter_fn=fp8dist.float8_module_filter(section.recipe_name, section.filter_fqns),
     )
 
 

@@ -67,7 +67,7 @@ UNUSED_KEYS: dict[str, tuple[str, ...]] = {
         "determinism_check",
         "debug",
     ),
-    "quantize.linear.mx": ("mxfp8_dim1_cast_kernel_choice", "recipe_name", "filter_fqns"),
+    "quantize.linear.mx": ("mxfp8_dim1_cast_kernel_choice",),
     "quantize.grouped_mm.float8": ("fqns",),
     "quantize.grouped_mm.mx": ("recipe_name", "fqns"),
     "comm": (

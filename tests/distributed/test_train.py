@@ -263,7 +263,7 @@ def launch(folder: Path, text: Path, *more: str, ranks: int = 2) -> subprocess.P
 LINES = [
     r"float8 tensorwise: 28 of 29 linear layers: .*",
     r"left in high precision, .*: output",
-    r"debugmodel: 3\.1 million parameters, 2 ranks on CPU, 40 documents, tokenizer: bytes",
+    r"debugmodel: 3\.3 million parameters, 2 ranks on CPU, 40 documents, tokenizer: bytes",
     r".* matmuls are emulated on cpu: .*",
     *[
         rf"step {step}/6  loss \d\.\d{{4}}  grad norm \d+\.\d{{3}} +[\d,]+ tokens/s  "

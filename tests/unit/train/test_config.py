@@ -31,6 +31,7 @@ PROMISED = """
     quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp
     quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
     quantize.linear.float8.emulate
+    quantize.linear.mx.recipe_name quantize.linear.mx.filter_fqns
     debug.seed debug.deterministic
     comm.train_timeout_seconds
 """.split()
@@ -129,6 +130,7 @@ components = ["model", "loss"]
 """
 
 FLOAT8 = "quantize.linear.float8"
+MX = "quantize.linear.mx"
 
 
 def parse(line: str) -> JobConfig:
@@ -345,6 +347,7 @@ class TestToml:
         assert config.activation_checkpoint.selective_ac_option == "op"
         assert config.quantize.linear.float8.float8_all_gather is False
         assert config.quantize.linear.float8.precompute_scales is False
+        assert config.quantize.linear.mx.filter_fqns == ["output"]
         (record,) = caplog.records
         listed = record.getMessage().partition(": ")[2].split(", ")
         assert sorted(listed) == sorted(
@@ -356,7 +359,6 @@ class TestToml:
                 "checkpoint.last_save_model_only",
                 "checkpoint.export_dtype",
                 "checkpoint.async_mode",
-                "quantize.linear.mx.filter_fqns",
                 "quantize.grouped_mm.float8.fqns",
                 "validation.enable",
                 "validation.dataset",
@@ -550,6 +552,71 @@ class TestFloat8Flags:
         assert "'tensorwsie'" in message
         assert "'tensorwise'" in message
 
+    @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"])
+    def test_every_recipe_goes_with_the_float8_gather(self, recipe):
+        config = parse(
+            f"--model.converters={FLOAT8} --{FLOAT8}.recipe_name {recipe} "
+            f"--{FLOAT8}.enable_fsdp_float8_all_gather"
+        )
+        assert config.conversion is config.quantize.linear.float8
+        assert config.conversion.recipe_name == recipe
+        assert config.conversion.float8_all_gather
+        assert config.conversion.precompute_scales
+
+
+class TestMXFlags:
+    @pytest.mark.parametrize("recipe", ["mxfp8", "mxfp8_rceil", "mxfp8_rceil_wgrad_with_hp"])
+    def test_recipes(self, recipe):
+        config = parse(
+            f'--model.converters="{MX}" --{MX}.recipe_name {recipe} --{MX}.filter_fqns output,wk'
+        )
+        assert config.float8_enabled
+        assert config.conversion is config.quantize.linear.mx
+        assert config.conversion.recipe_name == recipe
+        assert config.conversion.filter_fqns == ["output", "wk"]
+
+    def test_gathers_in_float8_whatever_the_float8_section_says(self, tmp_path):
+        toml = f"[{FLOAT8}]\nenable_fsdp_float8_all_gather = false\n"
+        config = parse_toml(tmp_path, toml, f"--model.converters={MX}")
+        assert config.conversion.recipe_name == "mxfp8_rceil"
+        assert config.conversion.float8_all_gather
+        assert config.conversion.precompute_scales
+
+    @pytest.mark.parametrize("old", ["mxfp8_cublas", "mxfp8_cublas_rceil", "mxfp8_emulated"])
+    def test_old_names_are_refused_with_the_new_one(self, old):
+        message = refusal(f"--model.converters={MX} --{MX}.recipe_name={old}")
+        assert message == f"{MX}.recipe_name: recipe {old!r} is called 'mxfp8_rceil' now"
+
+    @pytest.mark.parametrize(
+        ("section", "recipe", "right"),
+        [
+            (FLOAT8, "mxfp8", MX),
+            (FLOAT8, "mxfp8_rceil_wgrad_with_hp", MX),
+            (MX, "rowwise", FLOAT8),
+            (MX, "blockwise", FLOAT8),
+        ],
+    )
+    def test_recipe_of_the_other_section_is_refused_with_the_right_one(
+        self, section, recipe, right
+    ):
+        message = refusal(f"--model.converters={section} --{section}.recipe_name={recipe}")
+        assert message.startswith(f"{section}.recipe_name is {recipe!r}, a recipe of {right}: ")
+        assert f"set {right}.recipe_name" in message
+
+    def test_gather_cannot_be_turned_off(self):
+        message = refusal(f"--{MX}.enable_fsdp_float8_all_gather=false")
+        assert "unknown key" in message
+
+    def test_both_converters_are_refused(self):
+        message = refusal(f"--model.converters={FLOAT8},{MX}")
+        assert f"has both {FLOAT8} and {MX}" in message
+        assert "list of (filter, recipe)" in message
+
+    def test_no_converter_converts_nothing(self):
+        config = parse(f"--{MX}.recipe_name mxfp8")
+        assert config.conversion is None
+        assert not config.float8_enabled
+
 
 class TestRefusedValues:
     @pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
@@ -620,7 +687,7 @@ class TestRefusedValues:
         assert "'float8'" in message
         assert "did you mean 'quantize.linear.float8'?" in message
 
-    @pytest.mark.parametrize("name", ["quantize.linear.mx", "quantize.grouped_mm.float8"])
+    @pytest.mark.parametrize("name", ["quantize.grouped_mm.mx", "quantize.grouped_mm.float8"])
     def test_converters_that_are_torchtitans_alone(self, name):
         message = refusal(f"--model.converters=quantize.linear.float8,{name}")
         assert f"{name!r}, which is not supported yet" in message

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fp8dist.config import RECIPES
 from fp8dist.train.model import FLAVORS, Attention, Llama, ModelShape, RotaryEmbedding, model_shape
 
 TINY = ModelShape(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
@@ -93,7 +94,7 @@ def test_parameter_count(flavor: str, millions: float) -> None:
     assert round(count / 1e6, 1) == millions
 
 
-def test_debugmodel_layers_can_all_be_float8() -> None:
+def test_debugmodel_layers_can_all_be_float8_by_every_recipe() -> None:
     with torch.device("meta"):
         model = Llama(FLAVORS["debugmodel"], 16)
     shapes = [
@@ -102,7 +103,8 @@ def test_debugmodel_layers_can_all_be_float8() -> None:
         if isinstance(module, torch.nn.Linear)
     ]
     assert len(shapes) == 7 * FLAVORS["debugmodel"].n_layers + 1
-    assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in shapes)
+    multiple = max(recipe.dim_multiple for recipe in RECIPES.values())
+    assert all(rows % multiple == 0 and columns % multiple == 0 for rows, columns in shapes)
 
 
 def test_names_are_those_of_published_checkpoints() -> None:
