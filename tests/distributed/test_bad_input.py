@@ -128,7 +128,7 @@ def train_with(bad: float, recipe: str, precompute: bool) -> tuple[float, float,
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("world, precompute", [(2, True), (3, True), (3, False)])
+@pytest.mark.parametrize("world, precompute", [(2, True), (3, False)])
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_a_bad_element_on_one_rank(recipe: str, world: int, precompute: bool, bad: float) -> None:
     # Where the scales travel in the payload nothing else is exchanged, and only the rank that holds

@@ -82,10 +82,10 @@ def plain_and_aliasing(recipe: str) -> None:
     torch.save(get_model_state_dict(model, options=FULL_ON_CPU), file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    assert {type(value) for value in loaded.values()} == {torch.Tensor} or not loaded
-    assert all(
-        same_bits(value, new_model().state_dict()[name].cpu()) for name, value in loaded.items()
-    )
+    # Only the first rank is given the full state dict.
+    weights = new_model().cpu().state_dict() if dist.get_rank() == 0 else {}
+    assert same_bits(dict(loaded), dict(weights))
+    assert all(type(value) is torch.Tensor for value in loaded.values())
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -212,10 +212,9 @@ def loaded(way: Load, folder: str) -> None:
     assert gathers == expected[0] and loss != expected[1]
 
 
-@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_loading_keeps_the_float8_gather(way: Load, world: int, tmp_path: Any) -> None:
-    run_on_ranks(world, loaded, way, str(tmp_path))
+def test_loading_keeps_the_float8_gather(way: Load, tmp_path: Any) -> None:
+    run_on_ranks(3, loaded, way, str(tmp_path))
 
 
 def train_and_save(recipe: str, folder: str) -> tuple[dict[str, torch.Tensor], list[float]]:

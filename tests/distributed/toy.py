@@ -22,7 +22,7 @@ from tests.distributed.harness import DEVICE
 
 # Of each recipe added later too.
 RECIPE_NAMES = list(RECIPES)
-# Multiples of 128, as blockwise asks for; 3 ranks cut them unevenly, into 43, 43, 42 and 86, 86, 84.
+# Multiples of 128, as blockwise asks for. 3 ranks cut them unevenly: 43, 43, 42 and 86, 86, 84.
 DIM, HIDDEN, VOCAB = 128, 256, 48
 BATCH, SEQUENCE = 12, 8  # the global batch, which 1, 2, 3 and 4 ranks divide
 
