@@ -93,7 +93,9 @@ def convert_to_float8_training(
 ) -> nn.Module:
     """Make the linear layers of a model compute and, under FSDP2, communicate in float8.
 
-    Call it before `parallelize_module` and `fully_shard`, and before the optimizer is made.
+    Call it before `parallelize_module` and `fully_shard`, and before the optimizer is made: a
+    layer stays the same module, with its hooks and attributes, but has a new weight parameter
+    (what was set on the old one, hooks or attributes, is not carried over).
 
     Args:
         module: a model, or a single `nn.Linear`; changed in place. Layers that torchao has

@@ -15,11 +15,15 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def has_float8_casts(device: torch.device) -> bool:
     """Whether the device converts to and from float8 itself, as Triton's casts need it to."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return _capability(device.index or 0) >= (8, 9)
+    return _capability(_index(device)) >= (8, 9)
 
 
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:
@@ -30,7 +34,7 @@ def has_matmul(device: torch.device, recipe: Recipe) -> bool:
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    capability = _capability(device.index or 0)
+    capability = _capability(_index(device))
     last = recipe.max_capability
     return recipe.min_capability <= capability and (last is None or capability <= last)
 
