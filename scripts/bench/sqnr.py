@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 import fp8dist
 from fp8dist import numerics
-from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, Block
+from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, Block, ScaleFormat
 
 E4M3 = torch.float8_e4m3fn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,7 +192,7 @@ DERIVED: dict[str, tuple[Block, Block]] = {
 def derived_row(weight: torch.Tensor, first: Block, second: Block) -> dict[str, float]:
     """dB against the weight of its copy for grad_input, cast directly and derived."""
     mx = first == (1, 32)
-    scale_format = "e8m0" if mx else "power_of_2"
+    scale_format: ScaleFormat = "e8m0" if mx else "power_of_2"
     direct = numerics.quantize(weight, second, E4M3, scale_format)
     gathered = numerics.quantize(weight, first, E4M3, scale_format)
     new_scale = None if mx else direct.scale  # MX scales of columns are taken from what arrived
@@ -229,9 +229,8 @@ def draw(layers: dict, weights: dict, path: Path) -> None:
     kinds = ("direct", "derived", "not powers of two, derived")
     for column, (pair, rows) in enumerate(weights.items()):
         bars(axes[1, column], {k: {name: row[k] for name, row in rows.items()} for k in kinds})
-        axes[1, column].set(
-            title=f"weight for grad_input:\n{pair}", xlabel="SQNR (dB)", xlim=(20, 36)
-        )
+        axes[1, column].set_title(f"weight for grad_input:\n{pair}", fontsize="medium")
+        axes[1, column].set(xlabel="SQNR (dB)", xlim=(20, 36))
     for row in axes:
         row[1].set_yticklabels([])
         row[2].set_yticklabels([])
@@ -289,8 +288,8 @@ def main() -> None:
 
     layers = {}
     for name, make in TENSORS.items():
-        operands = make(*sizes, torch.Generator().manual_seed(options.seed))
-        layers[name] = layer_rows(tuple(x.to(DEVICE) for x in operands))
+        input, weight, grad_output = make(*sizes, torch.Generator().manual_seed(options.seed))
+        layers[name] = layer_rows((input.to(DEVICE), weight.to(DEVICE), grad_output.to(DEVICE)))
     weights = {
         pair: {
             name: derived_row(
