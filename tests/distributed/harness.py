@@ -38,6 +38,11 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 # How long the other ranks may take to report once one has failed.
 GRACE = 3.0
 
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
+    reason="inductor needs a C++ compiler",
+)
+
 
 def run_on_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **kwargs: Any

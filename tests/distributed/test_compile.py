@@ -1,6 +1,5 @@
 """Blocks compiled one by one under FSDP2: no graph breaks, no recompiles, the same losses."""
 
-import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -10,12 +9,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fp8dist
-from tests.distributed.harness import run_on_ranks
+from tests.distributed.harness import needs_compiler, run_on_ranks
 from tests.distributed.toy import RECIPE_NAMES, convert, mesh_of, new_model, shard, train
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler"
-)
 
 
 @dataclass(frozen=True)
