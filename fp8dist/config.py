@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fp8dist")
 
+# What weights and activations may be before they are cast.
+HP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # [Note: blocks]
 # The elements that share a scale form a block of (rows, columns) of a 2-D tensor; WHOLE stands
 # for the whole dimension. The scales of a (M, N) tensor are a (M / rows, N / columns) tensor, so
@@ -199,7 +202,7 @@ class Float8Config:
             cast. Off, each all-gather casts the shard again: the same bytes, less memory.
         fast_accum: None accumulates fast where torchao does (the output matmul); True in all
             three matmuls; False in none; or a `FastAccum`. Only for hardware with float8
-            matmuls. blockwise and mxfp8 have no fast accumulation.
+            matmuls. blockwise and mxfp8 have none: they take None or False.
         emulate: dequantize and multiply in float32, also on hardware with float8 matmuls.
 
     Raises:
@@ -213,6 +216,8 @@ class Float8Config:
     emulate: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipe_name, str):
+            raise ValueError(f"Float8Config(recipe_name={self.recipe_name!r}): a recipe's name")
         if not recipe(self.recipe_name).has_fast_accum and self.fast_accum:
             raise ValueError(
                 f"Float8Config(fast_accum={self.fast_accum}): the matmuls of recipe "

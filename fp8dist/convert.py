@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from fp8dist import config as configs
-from fp8dist.config import Float8Config
+from fp8dist.config import HP_DTYPES, Float8Config
 from fp8dist.linear import Float8Linear
 
 logger = logging.getLogger("fp8dist")
@@ -22,8 +22,6 @@ ModuleFilter = Callable[[nn.Module, str], bool]
 Rule = tuple[ModuleFilter, Float8Config]
 
 AUTO_FILTER = "auto_filter_small_kn"
-
-_HP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class float8_module_filter:  # noqa: N801 - called like a function, as torchao's filters are
@@ -94,8 +92,8 @@ def convert_to_float8_training(
     """Make the linear layers of a model compute and, under FSDP2, communicate in float8.
 
     Call it before `parallelize_module` and `fully_shard`, and before the optimizer is made: a
-    layer stays the same module, with its hooks and attributes, but has a new weight parameter
-    (what was set on the old one, hooks or attributes, is not carried over).
+    layer stays the same module, with its hooks and attributes, but has a new weight parameter,
+    with the attributes of the old one but not its hooks.
 
     Args:
         module: a model, or a single `nn.Linear`; changed in place. Layers that torchao has
@@ -105,6 +103,8 @@ def convert_to_float8_training(
             accepts a layer counts.
         module_filter_fn: (module, fully qualified name) -> whether to convert the layer; None
             stands for `float8_module_filter(recipe, [])`.
+
+    Layers that torchao has converted keep the config they have, whatever `config` says.
 
     Returns:
         module.
@@ -138,6 +138,12 @@ def convert_to_float8_training(
 
 def _rules(config: Any, module_filter_fn: ModuleFilter | None) -> list[Rule]:
     if isinstance(config, list | tuple):
+        for pair in config:
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or not callable(pair[0]):
+                raise ValueError(
+                    f"config has {pair!r} in its list: each entry is (filter, config), the filter "
+                    "a function of (module, fully qualified name)"
+                )
         rules = [(filter_fn, _float8_config(one)) for filter_fn, one in config]
         if module_filter_fn is None:
             return rules
@@ -202,19 +208,30 @@ def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
     weight = linear._parameters.get("weight")
     if isinstance(linear, Float8Linear):
         return "converted before"
-    if not _is_torchao(linear) and type(linear).forward is not nn.Linear.forward:
-        return f"{type(linear).__name__} has a forward of its own"
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
-        return "its weight is used without its forward (nn.MultiheadAttention)"
     if weight is None:
         return "its weight is not a plain parameter"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return "its weight is used without its forward (nn.MultiheadAttention)"
+    # A layer that FSDP2 has sharded has a class of FSDP2's, and is refused later.
+    plain = _is_plain(type(linear)) or _is_torchao(linear) or isinstance(weight, DTensor)
+    if not plain and not is_lazy(weight):
+        return f"{type(linear).__name__} is a subclass of nn.Linear with methods of its own"
     if is_lazy(weight):
         return "its weight has no shape yet"
     if owners[id(weight)] > 1:
         return "its weight is tied to another layer's"
-    if weight.dtype not in _HP_DTYPES:
+    if weight.dtype not in HP_DTYPES:
         return f"its weight is {weight.dtype}"
     return None
+
+
+def _is_plain(kind: type[nn.Linear]) -> bool:
+    """Whether a class is nn.Linear, or one that only has another name."""
+    added = {name for cls in kind.__mro__[: kind.__mro__.index(nn.Linear)] for name in vars(cls)}
+    return added <= {"__module__", "__qualname__", "__doc__", *_SINCE_PYTHON_3_13}
+
+
+_SINCE_PYTHON_3_13 = {"__firstlineno__", "__static_attributes__"}
 
 
 def _check_convertible(linear: nn.Linear, fqn: str, float8_config: Float8Config) -> None:
@@ -226,11 +243,14 @@ def _check_convertible(linear: nn.Linear, fqn: str, float8_config: Float8Config)
         )
     multiple = float8_config.recipe.dim_multiple
     rows, columns = linear.out_features, linear.in_features
-    if (rows % multiple or columns % multiple) and not float8_config.emulate:
+    # 16 is the hardware's; a larger multiple is the recipe's own block.
+    emulates = multiple == 16 and float8_config.emulate
+    if (rows % multiple or columns % multiple) and not emulates:
+        remedy = ", or pass Float8Config(emulate=True)" if multiple == 16 else ""
         raise ValueError(
-            f"{name}: its weight is {rows} x {columns}, and float8 matmuls take multiples of "
-            f"{multiple}: let module_filter_fn return False for it (float8_module_filter does), "
-            "or pass Float8Config(emulate=True)"
+            f"{name}: its weight is {rows} x {columns}, and {float8_config.recipe_name} takes "
+            f"multiples of {multiple}: let module_filter_fn return False for it "
+            f"(float8_module_filter does){remedy}"
         )
 
 

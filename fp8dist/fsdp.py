@@ -28,7 +28,8 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[tuple[WeightState, DTen
                 continue
             state, param = module.weight_state, module.weight
             if not is_sharded(param) and state.seen is not None:
-                param = state.seen.param  # FSDP2 has the unsharded weight in the module now
+                # FSDP2 has the unsharded weight in the module now, which keeps its scales.
+                param, state.scales = state.seen.param, None
             if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
                 seen.add(state)
                 yield state, param
@@ -43,6 +44,10 @@ def precompute_float8_dynamic_scale_for_fsdp(
     Call it after `optimizer.step()`, and after any other edit of the weights, on all ranks.
     The all-gathers until the next step then communicate nothing but payloads. Weights on
     disjoint meshes cost one all-reduce per mesh.
+
+    Between a forward and its backward the weights must not be edited, as without float8.
+    Edits of a state dict's tensors by foreach functions, through `.data` or numpy, or by a
+    collective are not noticed by the next all-gather: call this after them.
 
     All ranks are assumed to make the same edits to their shards, as FSDP2 assumes throughout.
 

@@ -1,6 +1,5 @@
 """`Float8Linear` and the autograd function of its three matmuls."""
 
-import weakref
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from fp8dist import kernels
-from fp8dist.config import Block, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
 from fp8dist.tensors.float8_tensor import Float8Tensor
@@ -51,46 +50,6 @@ def _wanted(scaled: Scaled | None) -> Scaled:
     return scaled
 
 
-# [Note: shared casts]
-# wq, wk and wv, or w1 and w3, are called one after the other with the same input. The last cast
-# of an input is kept for as long as that input lives, so that they share one cast and what is
-# saved of it for backward. It is found by the identity of the tensor, which also holds while the
-# compiler traces, and it is not used once the tensor was written to.
-
-
-class _LastCast:
-    """The operands made from the input of the last float8 linear layer."""
-
-    def __init__(self) -> None:
-        self.input: weakref.ref[torch.Tensor] | None = None
-        self.key: Any = None
-        self.operands: tuple[Scaled | None, Scaled | None] = (None, None)
-
-    def of(
-        self, input: torch.Tensor, recipe: Recipe, block: Block | None
-    ) -> tuple[Scaled | None, Scaled | None]:
-        """input (..., K) as (M, K) for output and as (K, M) for grad_weight (block not None)."""
-        version = None if input.is_inference() else input._version
-        key = (recipe.name, block, version)
-        if self.input is None or self.input() is not input or self.key != key or version is None:
-            operands = kernels.quantize_both(
-                input.reshape(-1, input.size(-1)),
-                recipe.input,
-                block,
-                recipe.input_dtype,
-                recipe.scale_format,
-            )
-            self.input, self.key, self.operands = weakref.ref(input, self._forget), key, operands
-        return self.operands
-
-    def _forget(self, input: weakref.ref[torch.Tensor]) -> None:
-        if self.input is input:
-            self.input, self.operands = None, (None, None)
-
-
-_last_cast = _LastCast()
-
-
 @torch._dynamo.allow_in_graph
 class _Float8Matmul(torch.autograd.Function):
     """output = input @ weight^T, with all matmuls of forward and backward that the recipe says.
@@ -102,15 +61,23 @@ class _Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, config: Float8Config
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        config: Float8Config,
+        grad_enabled: bool,
     ) -> torch.Tensor:
         recipe = config.recipe
-        block = recipe.input_for_grad_weight if ctx.needs_input_grad[1] else None
-        scaled, transposed = _last_cast.of(input, recipe, block)
+        # In here gradients are off, whether or not there will be a backward.
+        needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
+        block = recipe.input_for_grad_weight if needs_weight_grad else None
+        scaled, transposed = kernels.quantize_both(
+            input, recipe.input, block, recipe.input_dtype, recipe.scale_format
+        )
         saved = (input,) if transposed is None else (transposed.data, transposed.scale)
-        ctx.save_for_backward(weight, *(saved if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(weight, *(saved if needs_weight_grad else ()))
         ctx.config = config
-        output = scaled_matmul(
+        return scaled_matmul(
             _wanted(scaled),
             _weight(weight, recipe),
             input.dtype,
@@ -118,22 +85,16 @@ class _Float8Matmul(torch.autograd.Function):
             fast_accum=config.fast_accum_by_matmul.output,
             emulate=config.emulate,
         )
-        if input.dim() == 2:
-            return output
-        # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
-        return torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.size(1)))
 
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         weight, *saved_input = ctx.saved_tensors
-        grad_output_shape = grad_output.shape
-        grad_output = grad_output.reshape(-1, grad_output_shape[-1])
         config: Float8Config = ctx.config
         recipe = config.recipe
-        needs_input_grad, needs_weight_grad, _ = ctx.needs_input_grad
+        needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         input_block = recipe.input_for_grad_weight
         scaled, transposed = kernels.quantize_both(
             grad_output,
@@ -162,11 +123,8 @@ class _Float8Matmul(torch.autograd.Function):
                 emulate=config.emulate,
             )
         elif needs_weight_grad:
-            input = saved_input[0]
-            grad_weight = torch.mm(grad_output.t(), input.reshape(-1, input.size(-1)))
-        if grad_input is not None and len(grad_output_shape) != 2:
-            grad_input = grad_input.view(*grad_output_shape[:-1], grad_input.size(1))
-        return grad_input, grad_weight, None
+            grad_weight = torch.mm(grad_output.t(), saved_input[0])
+        return grad_input, grad_weight, None, None
 
 
 # What torchao's Float8Linear sets beside its config.
@@ -229,7 +187,9 @@ class Float8Linear(nn.Linear):
             return
         else:
             wrapped = Float8ShardedWeight(weight.detach())
+        attributes = {} if isinstance(weight, DTensor) else weight.__dict__
         self.weight = nn.Parameter(wrapped, requires_grad=weight.requires_grad)
+        self.weight.__dict__.update(attributes)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, DTensor):
@@ -238,7 +198,11 @@ class Float8Linear(nn.Linear):
                 f"{self.weight.placements}: call the module that fully_shard was applied to, which "
                 "gathers the weight; tensor-parallel plans for Float8Linear are not supported"
             )
-        if input.size(-1) != self.in_features:
+        if input.dtype not in HP_DTYPES:
+            raise ValueError(
+                f"{self._name()}: the input is {input.dtype}: pass float32, bfloat16 or float16"
+            )
+        if input.dim() == 0 or input.size(-1) != self.in_features:
             raise ValueError(
                 f"{self._name()}: the input is {tuple(input.shape)}, its last dimension should be "
                 f"in_features={self.in_features}"
@@ -251,7 +215,12 @@ class Float8Linear(nn.Linear):
         return self._linear(input)
 
     def _linear(self, input: torch.Tensor) -> torch.Tensor:
-        output = _Float8Matmul.apply(input, self.weight, self.config)
+        output = _Float8Matmul.apply(
+            input.reshape(-1, self.in_features), self.weight, self.config, torch.is_grad_enabled()
+        )
+        if input.dim() != 2:
+            # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
+            output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], self.out_features))
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output

@@ -24,6 +24,7 @@ class Shard:
         size: (N, K) of the weight.
         start: the row and column of the weight at which the shard begins.
         largest: the size of the largest shard, rank 0's.
+        world: how many ranks the weight is sharded over; the last may have nothing.
         recipe: the weight's recipe.
     """
 
@@ -32,6 +33,7 @@ class Shard:
     start: Size
     largest: Size
     recipe: Recipe
+    world: int = 1
 
     @property
     def packed(self) -> bool:
@@ -40,7 +42,7 @@ class Shard:
         So do e8m0 scales where the payload may have a size of its own: FSDP2 wants that of the
         largest shard where a shard is short, and puts columns together itself.
         """
-        even_rows = self.size[1] == self.largest[1] and self.size[0] % self.largest[0] == 0
+        even_rows = self.size == (self.largest[0] * self.world, self.largest[1])
         return self.recipe.scale_format == "e8m0" and even_rows
 
     @property
@@ -243,8 +245,8 @@ def _local_scale(scale: torch.Tensor, block: Block, shard: Shard) -> torch.Tenso
         whole = extent == shard.size[dim]
         if side == WHOLE or (whole and (dim == 1 or side == 1)):
             continue
-        if side == 1:
-            scale = scale.narrow(dim, start, extent)
+        if side == 1 or (dim == 1 and start % side == 0 and extent % side == 0):
+            scale = scale.narrow(dim, start // side, extent // side)
         else:
             index = torch.arange(start, start + extent, device=scale.device) // side
             scale = scale.index_select(dim, index)

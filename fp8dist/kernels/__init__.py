@@ -53,8 +53,14 @@ def fill_amaxes(
     amaxes: Sequence[torch.Tensor], x: torch.Tensor, blocks: Sequence[Block], start: tuple[int, int]
 ) -> None:
     """See `numerics.fill_amaxes`."""
-    in_kernel = all(block in (TENSOR, ROW, COLUMN, (128, 128)) for block in blocks)
-    if _has_kernels(x) and in_kernel and start[1] == 0:
+    # The kernel writes whole rows of blocks: a shard of some columns is left to numerics, where
+    # its columns matter.
+    in_kernel = all(
+        block in (TENSOR, ROW)
+        or (block in (COLUMN, (128, 128)) and part.size(1) * block[1] == x.size(1))
+        for part, block in zip(amaxes, blocks, strict=True)
+    )
+    if _has_kernels(x) and in_kernel:
         ops.fill_amaxes(amaxes, x, blocks, start[0])
     else:
         numerics.fill_amaxes(amaxes, x, blocks, start)

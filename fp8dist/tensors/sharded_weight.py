@@ -49,7 +49,7 @@ def check_reshard(root: nn.Module | None) -> None:
                 "not work with weights gathered in float8: use reshard_after_forward=True or "
                 "False, or Float8Config(enable_fsdp_float8_all_gather=False)"
             )
-    _checked_roots.add(root)
+        _checked_roots.add(root)
 
 
 _warned_stale = False
@@ -68,8 +68,7 @@ def _warn_stale(fqn: str) -> None:
         )
 
 
-# Ops beside views whose result is the same parameter and shares its `Edits`: FSDP2 and `to_empty`
-# move a parameter with them.
+# Ops whose result is a new place for the parameter: FSDP2 and `to_empty` move one with them.
 _MOVE_OPS = {aten.new_zeros.default, aten.empty_like.default, aten._pin_memory.default}
 # Ops whose result is another parameter with the same values.
 _COPY_OPS = {aten.clone.default, aten._to_copy.default}
@@ -113,14 +112,17 @@ class Float8ShardedWeight(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or func.namespace == "c10d":
             _count_edits(func, args, kwargs)
         inner_args, inner_kwargs = pytree.tree_map_only(
             cls, lambda tensor: tensor._tensor, (args, kwargs)
         )
         out = func(*inner_args, **inner_kwargs)
-        if func in _MOVE_OPS or _is_view(func):
+        if _is_view(func):
             return _wrap_all(out, lambda tensor: cls(tensor, args[0]._edits))
+        if func in _MOVE_OPS:
+            pinned = func is aten._pin_memory.default
+            return cls(out, Edits(moved_from=args[0]._edits, filled=pinned))
         if func in _COPY_OPS:
             return _wrap_all(out, cls)
         if isinstance(args[0], cls) and func._schema.arguments[0].is_write:
@@ -157,9 +159,15 @@ class Float8ShardedWeight(torch.Tensor):
         Returns:
             ((payload,), (scales, outer_size)): see `WeightState`; the metadata stays here.
         """
-        state, param = module.weight_state, module.weight
-        if not isinstance(state, WeightState) or not isinstance(param, DTensor):
-            raise AssertionError("a Float8ShardedWeight is gathered by a Float8Linear only")
+        state = getattr(module, "weight_state", None)
+        if not isinstance(state, WeightState):
+            raise ValueError(
+                f"a {type(module).__name__} holds the weight of a Float8Linear, which it cannot "
+                "gather: tie weights before convert_to_float8_training, which leaves them alone"
+            )
+        param = module.weight
+        if not isinstance(param, DTensor):
+            raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
         if state.seen is None:
             check_reshard(state.root())
         if state.seen is None or not state.seen.still_holds(param):
@@ -218,6 +226,11 @@ def _is_view(func: Any) -> bool:
 
 
 def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if func.namespace == "c10d":  # collectives do not say in their schemas what they write to
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, Float8ShardedWeight):
+                tensor._edits.count += 1
+        return
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -228,13 +241,14 @@ def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 
 def _moves(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether this copies a parameter to another storage of its own: no value changes."""
+    """Whether this copy fills the place that was made for a parameter: no value changes."""
     if func is not aten.copy_.default or not isinstance(args[1], Float8ShardedWeight):
         return False
-    target, source = args[0], args[1]
-    if not isinstance(target, Float8ShardedWeight) or target._edits is not source._edits:
+    target, source = args[0]._edits, args[1]._edits
+    if target.moved_from is not source or target.filled or target.count > 0:
         return False
-    return target._tensor.untyped_storage()._cdata != source._tensor.untyped_storage()._cdata
+    target.filled = True
+    return True
 
 
 def _wrap_all(out: Any, wrap: Callable[[torch.Tensor], torch.Tensor]) -> Any:

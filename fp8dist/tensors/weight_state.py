@@ -25,12 +25,16 @@ logger = logging.getLogger("fp8dist")
 #   - a compiled optimizer step moves the `_version` of the DTensor parameter only;
 #   - code that edits the plain tensors of a state dict in place (`dcp.load`) moves the `_version`
 #     of the inner tensor only.
-# An all-gather compares all three with what `Seen` recorded when the scales were computed.
+#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
+# An all-gather compares all of them with what `Seen` recorded when the scales were computed. Not
+# seen are edits of a state dict's tensors that move no version: by foreach functions, through
+# `.data`, numpy or a collective.
 #
 # Whether to communicate must not depend on the rank. FSDP2's lazy initialisation moves the shard
-# to a padded buffer on the ranks whose shard is short, and on those only. That copy stays within
-# the family of one `Edits` object and changes no value, so it does not count, and the versions are
-# compared on the tensor that was seen, whether or not it is still the parameter's.
+# to a padded buffer on the ranks whose shard is short, and on those only. Such a buffer's `Edits`
+# know from which parameter it was made; the copy that fills it changes no value and does not count,
+# and the versions are compared on the tensors that were seen, whether or not they are still the
+# parameter's.
 
 
 def local_shard(param: DTensor) -> Any:
@@ -39,10 +43,25 @@ def local_shard(param: DTensor) -> Any:
 
 
 class Edits:
-    """Counts in-place writes to one parameter, shared by all views of it."""
+    """Counts in-place writes to one parameter, shared by all views of it.
 
-    def __init__(self) -> None:
+    Args:
+        moved_from: the edits of the parameter for which this storage was made, to be filled by
+            one copy of it (see [Note: noticing edits]).
+        filled: whether that has happened.
+    """
+
+    def __init__(self, moved_from: "Edits | None" = None, filled: bool = False) -> None:
         self.count = 0
+        self.moved_from = moved_from
+        self.filled = filled
+
+    def is_same_as(self, seen: "Edits") -> bool:
+        """Whether this counts for the parameter as seen, or as moved since without an edit."""
+        edits: Edits | None = self
+        while edits is not None and edits is not seen:
+            edits = edits.moved_from if edits.filled and edits.count == 0 else None
+        return edits is seen
 
 
 @dataclass
@@ -51,6 +70,8 @@ class Seen:
 
     param: DTensor
     param_version: int
+    shard: torch.Tensor  # the Float8ShardedWeight
+    shard_version: int
     inner: torch.Tensor  # the plain shard
     inner_version: int
     edits: Edits
@@ -58,15 +79,26 @@ class Seen:
 
     @classmethod
     def now(cls, param: DTensor) -> "Seen":
-        inner, edits = local_shard(param)._tensor, local_shard(param)._edits
-        return cls(param, param._version, inner, inner._version, edits, edits.count)
+        shard = local_shard(param)
+        inner, edits = shard._tensor, shard._edits
+        return cls(
+            param,
+            param._version,
+            shard,
+            shard._version,
+            inner,
+            inner._version,
+            edits,
+            edits.count,
+        )
 
     def still_holds(self, param: DTensor) -> bool:
         return (
             self.param is param
             and self.param_version == param._version
+            and self.shard_version == self.shard._version
             and self.inner_version == self.inner._version
-            and self.edits is local_shard(param)._edits
+            and local_shard(param)._edits.is_same_as(self.edits)
             and self.edit_count == self.edits.count
         )
 
@@ -200,7 +232,8 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
             f"multiple of the {recipe.weight[1]} that recipe {recipe.name!r} scales together: "
             "shard it on dim 0"
         )
-    return precompute.Shard(data, (rows, columns), (row, column), padded, recipe)
+    world = param.device_mesh.size(shard_mesh_dim(param))
+    return precompute.Shard(data, (rows, columns), (row, column), padded, recipe, world)
 
 
 def update_scales(states: list[WeightState], params: list[DTensor]) -> None:

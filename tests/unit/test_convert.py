@@ -205,7 +205,7 @@ def test_layers_that_are_more_than_a_linear_layer_are_left_alone(
     assert converted(module) == ["renamed"]
     assert type(module["scaled"]) is Scaled
     assert type(module["mha"].out_proj) is NonDynamicallyQuantizableLinear
-    assert "Scaled has a forward of its own: scaled" in caplog.text
+    assert "Scaled is a subclass of nn.Linear with methods of its own: scaled" in caplog.text
     assert "nn.MultiheadAttention" in caplog.text
     x = torch.randn(4, 2, WIDTH)
     module["mha"](x, x, x)  # its weight is used without its forward
@@ -540,3 +540,38 @@ def test_printing_the_model_shows_the_recipe() -> None:
 def test_float8_parameters_can_be_printed() -> None:
     module = fp8dist.convert_to_float8_training(model())
     assert "Float8ShardedWeight(" in repr(module.output.weight)
+
+
+@pytest.mark.parametrize(
+    "config", [["rowwise"], [("layers.0", "rowwise")], [(lambda m, fqn: True,)]], ids=str
+)
+def test_a_list_of_anything_but_pairs_is_refused(config: Any) -> None:
+    with pytest.raises(ValueError, match="each entry is .filter, config."):
+        fp8dist.convert_to_float8_training(model(), config=config)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "mxfp8"])
+def test_emulation_does_not_lift_the_recipe_s_own_block(name: str) -> None:
+    config = fp8dist.Float8Config(name, emulate=True)
+    with pytest.raises(ValueError, match="multiples of") as caught:
+        fp8dist.convert_to_float8_training(
+            nn.Linear(100, 60), config=config, module_filter_fn=lambda m, fqn: True
+        )
+    assert "emulate" not in str(caught.value)
+
+
+def test_attributes_of_a_weight_survive() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    module[0].weight.no_decay = True
+    fp8dist.convert_to_float8_training(module)
+    assert module[0].weight.no_decay
+
+
+def test_a_subclass_with_methods_of_its_own_is_left_alone() -> None:
+    class Filled(nn.Linear):
+        def reset_parameters(self) -> None:
+            nn.init.constant_(self.weight, 7)
+
+    module = nn.Sequential(Filled(WIDTH, WIDTH))
+    fp8dist.convert_to_float8_training(module)
+    assert not converted(module)

@@ -406,5 +406,32 @@ def test_emulation_is_decided_by_the_device_of_the_input(monkeypatch: pytest.Mon
         return False
 
     monkeypatch.setattr(hardware, "multiplies", multiplies)
-    _Float8Matmul.apply(seeded(16, K), seeded(16, K), Float8Config(emulate=True))
+    _Float8Matmul.apply(seeded(16, K), seeded(16, K), Float8Config(emulate=True), True)
     assert asked == [("cpu", "tensorwise", True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
+def test_an_input_that_cannot_be_cast_is_refused(dtype: torch.dtype) -> None:
+    ours, _ = pair()
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        ours(torch.zeros(2, K, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["rowwise", "tensorwise"])
+def test_without_gradients_nothing_is_cast_for_grad_weight(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = pair(Float8Config(name))
+    transposed = []
+    original = linear.kernels.quantize_both
+
+    def noting(x: torch.Tensor, block: Any, transposed_block: Any, *args: Any) -> Any:
+        transposed.append(transposed_block)
+        return original(x, block, transposed_block, *args)
+
+    monkeypatch.setattr(linear.kernels, "quantize_both", noting)
+    with torch.no_grad():
+        ours(seeded(4, K))
+    with torch.inference_mode():
+        ours(seeded(4, K))
+    assert set(transposed) == {None}

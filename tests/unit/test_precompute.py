@@ -202,3 +202,18 @@ def test_cast_payload_fills_the_rows_of_the_shard_and_no_others(
     count = rows.stop - rows.start
     assert torch.equal(payload[:count], scaled.to(torch.float8_e4m3fn).view(torch.uint8))
     assert payload[count:].eq(77).all()
+
+
+@pytest.mark.parametrize(
+    "rows, largest, world, packed",
+    [(32, 16, 2, True), (32, 32, 1, True), (32, 11, 3, False), (32, 4, 9, False), (32, 4, 8, True)],
+)
+def test_scales_are_packed_where_every_rank_has_a_full_shard(
+    rows: int, largest: int, world: int, packed: bool
+) -> None:
+    """32 rows on 9 ranks are 8 full shards of 4 and an empty one."""
+    size = (rows, 64)
+    recipe = RECIPES["mxfp8_rceil"]
+    shard = Shard(torch.zeros(largest, 64), size, (0, 0), (largest, 64), recipe, world)
+    assert shard.packed is packed
+    assert (shard.exponent_words == (0, 0, 0)) is packed
