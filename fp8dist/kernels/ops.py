@@ -1,8 +1,9 @@
 """The Triton kernels as torch ops, so that eager code and the compiler call the same.
 
 Each op is the twin of a function in `fp8dist.numerics` and gives the same bytes. The ops are opaque
-to the compiler and not `triton_op`s: with those, torch 2.11 compiled the amaxes of rows and columns
-into an illegal memory access (Llama-3-8B layers, 8192 tokens, recipe rowwise).
+to the compiler and not `triton_op`s: as those, together with another way of sharing casts (commit
+09c350e), a compiled rowwise step ended in an illegal memory access on torch 2.11. The cause is not
+known, so it may lie elsewhere.
 """
 
 from collections.abc import Sequence

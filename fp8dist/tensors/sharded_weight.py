@@ -36,6 +36,7 @@ def check_reshard(root: nn.Module | None) -> None:
     """
     if root is None or root in _checked_roots:
         return
+    has_float8 = False
     for fqn, module in root.named_modules():
         if not isinstance(module, FSDPModule):
             continue
@@ -43,12 +44,14 @@ def check_reshard(root: nn.Module | None) -> None:
         group = module._get_fsdp_state()._fsdp_param_group
         if group is None or not any(is_sharded(p.sharded_param) for p in group.fsdp_params):
             continue
+        has_float8 = True
         if group.post_forward_mesh_info not in (None, group.mesh_info):
             raise ValueError(
                 f"{fqn or type(module).__name__}: fully_shard(reshard_after_forward=<int>) does "
                 "not work with weights gathered in float8: use reshard_after_forward=True or "
                 "False, or Float8Config(enable_fsdp_float8_all_gather=False)"
             )
+    if has_float8:  # before fully_shard there was nothing to see yet
         _checked_roots.add(root)
 
 

@@ -221,7 +221,8 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
     data = local_shard(param)._tensor if data is None else data
     rows, columns = param.shape
     padded = padded_shard_size(param)
-    rank = param.device_mesh.get_local_rank(shard_mesh_dim(param))
+    mesh_dim = shard_mesh_dim(param)
+    rank, world = param.device_mesh.get_local_rank(mesh_dim), param.device_mesh.size(mesh_dim)
     row, column = (
         0 if extent == largest else min(rank * largest, extent)
         for extent, largest in zip((rows, columns), padded, strict=True)
@@ -232,7 +233,6 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
             f"multiple of the {recipe.weight[1]} that recipe {recipe.name!r} scales together: "
             "shard it on dim 0"
         )
-    world = param.device_mesh.size(shard_mesh_dim(param))
     return precompute.Shard(data, (rows, columns), (row, column), padded, recipe, world)
 
 

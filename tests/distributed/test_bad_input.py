@@ -1,6 +1,7 @@
 """What cannot work is refused on every rank alike; what is merely bad shows and hangs nothing."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,8 +69,21 @@ def refused_twice() -> list[str]:
     return [value_error_of(precompute) for _ in range(2)]
 
 
-def test_int_reshard_after_forward_is_refused_again() -> None:
-    for first, second in run_on_ranks(4, refused_twice):
+def refused_twice_behind_a_good_block() -> list[str]:
+    model = convert(new_model())
+    fully_shard(model.layers[0], mesh=mesh_of(4))
+    fully_shard(model.layers[1], mesh=mesh_of(4), reshard_after_forward=2)
+    fully_shard(model, mesh=mesh_of(4))
+
+    def precompute() -> None:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+
+    return [value_error_of(precompute) for _ in range(2)]
+
+
+@pytest.mark.parametrize("body", [refused_twice, refused_twice_behind_a_good_block])
+def test_int_reshard_after_forward_is_refused_again(body: Callable[[], list[str]]) -> None:
+    for first, second in run_on_ranks(4, body):
         assert first == second
 
 
