@@ -10,7 +10,8 @@ Variants, the first of which is what the others are compared to:
                                 all three matmuls
 
 A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory
-and the last loss. The output layer is never converted. With more ranks than GPUs NCCL takes each
+and the last loss. A variant is timed only if its losses in the warm-up are those of the first one,
+to 2 %. The output layer is never converted. With more ranks than GPUs NCCL takes each
 rank for a host of its own and talks over loopback sockets, so bytes weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
@@ -18,12 +19,7 @@ rank for a host of its own and talks over loopback sockets, so bytes weigh as on
 """
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
-import json
-import os
-import platform
 import re
 import statistics
 import time
@@ -35,17 +31,28 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench_model import Decoder, Shape
+from harness import (
+    CUDA,
+    DEVICE,
+    WrongResult,
+    check,
+    init_distributed,
+    kernels_of,
+    print_once,
+    setting,
+    synchronize,
+    write_json,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.profiler import ProfilerActivity, profile
 
 DEFAULT_VARIANTS = (
     "bf16,torchao:tensorwise,torchao:tensorwise+ag,torchao:rowwise,fp8dist:tensorwise"
 )
 WARM_UP_STEPS = 4
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+LOSS_TOLERANCE = 0.02
+"""Of the loss. What float8 rounds differently moves it by less; see `check_losses`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,15 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A row, with --profile its kernels, and the losses of the steps before it was timed."""
+
+    row: Row
+    kernels: str
+    warm_up: torch.Tensor
+
+
 class Training:
     """A sharded model, its optimizer and one batch."""
 
@@ -159,63 +175,43 @@ class Training:
         return time.perf_counter() - start, loss
 
 
-def synchronize() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
 def kernel_report(training: Training) -> str:
     """The kernels of one step, the longest first."""
-    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as profiler:
-        training.step()
-        synchronize()
-
-    def microseconds(event) -> float:
-        return event.self_device_time_total if CUDA else event.self_cpu_time_total
-
-    events = [event for event in profiler.key_averages() if microseconds(event) > 0]
-    events.sort(key=microseconds, reverse=True)
-    total = sum(map(microseconds, events)) / 1e3
-    lines = [f"    {sum(event.count for event in events)} kernels, {total:.1f} ms"]
-    for event in events[:25]:
-        lines.append(f"    {microseconds(event) / 1e3:8.2f} ms x{event.count:5d} {event.key[:110]}")
+    kernels = kernels_of(training.step)
+    total = sum(kernel.seconds for kernel in kernels) * 1e3
+    lines = [f"    {sum(kernel.count for kernel in kernels)} kernels, {total:.1f} ms"]
+    for kernel in kernels[:25]:
+        milliseconds = kernel.seconds * 1e3
+        lines.append(f"    {milliseconds:8.2f} ms x{kernel.count:5d} {kernel.name[:110]}")
     return "\n".join(lines)
 
 
+def check_losses(losses: torch.Tensor, expected: torch.Tensor) -> None:
+    """That the losses of the warm-up are finite and those of the first variant."""
+    farthest = ((losses - expected).abs() / expected).max().item()
+    found, first = ([f"{x:.4f}" for x in values.tolist()] for values in (losses, expected))
+    check(
+        farthest <= LOSS_TOLERANCE,  # False for a NaN
+        f"losses {', '.join(found)}, of the first variant {', '.join(first)}",
+    )
+
+
 def measure(
-    variant: Variant, args: argparse.Namespace, mesh: DeviceMesh, baseline: float | None
-) -> tuple[Row, str]:
-    """The row of a variant and, with --profile, its kernels. `baseline` is the first row's rate."""
+    variant: Variant, args: argparse.Namespace, mesh: DeviceMesh, first: "Measured | None"
+) -> "Measured":
+    """Check and time a variant. `first`: the one that it is compared to."""
     torch._dynamo.reset()
     training = Training(variant, args, mesh)
-    for _ in range(WARM_UP_STEPS):
-        training.step()
-    synchronize()
+    warm_up = torch.stack([training.step() for _ in range(WARM_UP_STEPS)])
+    check_losses(warm_up, warm_up if first is None else first.warm_up)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = zip(*(training.timed_step() for _ in range(args.steps)), strict=True)
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     rate = args.microbatches * args.batch * args.seq / statistics.median(seconds)
-    row = Row(variant.name, rate, rate / (baseline or rate), peak, losses[-1].item())
-    return row, kernel_report(training) if args.profile else ""
-
-
-def setting() -> dict[str, object]:
-    """Where and when: the GPU, the versions, the date."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchao", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if CUDA:
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "ranks": dist.get_world_size(),
-        "versions": versions,
-    }
+    baseline = rate if first is None else first.row.tokens_per_second
+    row = Row(variant.name, rate, rate / baseline, peak, losses[-1].item())
+    return Measured(row, kernel_report(training) if args.profile else "", warm_up)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -240,42 +236,35 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def init_distributed() -> None:
-    if not CUDA:
-        dist.init_process_group("gloo")
-        return
-    gpus = torch.cuda.device_count()
-    if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        # NCCL refuses two ranks on one GPU unless it takes them for two hosts.
-        os.environ.setdefault("NCCL_HOSTID", f"host{os.environ['RANK']}")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-
-
 def main() -> None:
     args = parse_arguments()
     variants = [Variant.parse(name) for name in args.variants.split(",")]
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     rows: list[Row] = []
+    first, wrong = None, False
     for variant in variants:
-        row, kernels = measure(
-            variant, args, mesh, baseline=rows[0].tokens_per_second if rows else None
-        )
-        rows.append(row)
-        if dist.get_rank() == 0:
-            print("\n".join(filter(None, [str(row), kernels])), flush=True)
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+        try:
+            measured = measure(variant, args, mesh, first)
+        except WrongResult as error:
+            print_once(f"{variant.name} is wrong and not timed: {error}")
+            wrong = True
+            if first is None:  # nothing to compare the others to
+                break
+            continue
+        finally:
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+        first = first or measured
+        rows.append(measured.row)
+        print_once("\n".join(filter(None, [str(measured.row), measured.kernels])))
     if args.json is not None and dist.get_rank() == 0:
-        report = setting() | {
-            "arguments": {key: value for key, value in vars(args).items() if key != "json"},
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments = {key: value for key, value in vars(args).items() if key != "json"}
+        rows_json = [asdict(row) for row in rows]
+        write_json(args.json, setting() | {"arguments": arguments, "rows": rows_json})
     dist.destroy_process_group()
+    raise SystemExit(int(wrong))
 
 
 if __name__ == "__main__":

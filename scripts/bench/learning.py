@@ -10,13 +10,13 @@ configuration, is not repeated. Flags that are not listed here are the training 
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
 import logging
 import statistics
 from pathlib import Path
 
 import torch.distributed as dist
+from harness import markdown_table, setting, write_json
 from matplotlib.figure import Figure
 
 from fp8dist.config import RECIPES
@@ -25,7 +25,7 @@ from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, parse_config
 from fp8dist.train.config_sections import FLOAT8_CONVERTER, MX_CONVERTER
 from fp8dist.train.distributed import agree, init_distributed
 from fp8dist.train.loop import Trainer
-from fp8dist.train.metrics import RunRecord, json_ready, readable_bytes, write_json
+from fp8dist.train.metrics import RunRecord, json_ready, readable_bytes
 
 logger = logging.getLogger("fp8dist.learning")
 
@@ -121,28 +121,25 @@ def main() -> None:
         runs[name] = Trainer(changed, device).train() if there is None else there
 
     plain = runs[HIGH_PRECISION]
-    table = [
-        "| | final loss | vs high precision | gathered per step and rank |",
-        "|---|---|---|---|",
-    ]
+    table = []
     for name, run in runs.items():
         difference = f"{100 * (run.final_loss / plain.final_loss - 1):+.2f} %"
-        table.append(
-            f"| {name} | {run.final_loss:.4f} | {'' if run is plain else difference} | "
-            f"{readable_bytes(run.gathered_bytes_per_step)} |"
-        )
+        gathered = readable_bytes(run.gathered_bytes_per_step)
+        row = (name, f"{run.final_loss:.4f}", "" if run is plain else difference, gathered)
+        table.append(row)
 
     def write() -> None:
         if dist.get_rank() == 0:
             content = {
-                "date": datetime.date.today().isoformat(),
+                "date": setting()["date"],
                 "runs": {name: run.to_dict() for name, run in runs.items()},
             }
-            write_json(json_ready(content), options.folder / "learning.json")
+            write_json(options.folder / "learning.json", json_ready(content))
             draw(runs, options.folder / "learning.png")
 
     agree(write)
-    logger.info("%s", "\n".join(table))
+    header = ("", "final loss", "vs high precision", "gathered per step and rank")
+    logger.info("%s", markdown_table(header, table))
     dist.destroy_process_group()
 
 

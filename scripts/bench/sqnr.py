@@ -15,9 +15,6 @@ Prints two tables, and writes OUT.json and OUT.png:
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from harness import DEVICE, init_distributed, markdown_table, setting, sqnr, write_json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,7 +34,6 @@ from fp8dist import numerics
 from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, Block, ScaleFormat
 
 E4M3 = torch.float8_e4m3fn
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = ("output", "grad_input", "grad_weight")
 TORCHAO_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 QUIET = 0.1
@@ -92,14 +89,8 @@ def outlier_heavy(tokens: int, k: int, n: int, generator: torch.Generator) -> Op
 TENSORS = {"trained-like": trained_like, "outlier-heavy": outlier_heavy}
 
 
-def sqnr(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """10 log10(energy of truth / energy of the error), of all elements."""
-    error = found.double() - truth
-    return (10 * torch.log10(truth.square().sum() / error.square().sum())).item()
-
-
 def quiet_sqnr(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The same for each column; the one that a tenth of the columns stay below."""
+    """`sqnr` of each column; the one that a tenth of the columns stay below."""
     error = (found.double() - truth).square().sum(0)
     return torch.quantile(10 * torch.log10(truth.square().sum(0) / error), QUIET).item()
 
@@ -254,21 +245,30 @@ def bars(axes: Axes, groups: dict[str, dict[str, float]]) -> None:
 
 
 def print_tables(layers: dict, weights: dict) -> None:
-    for tensors, rows in layers.items():
-        print(f"\n| {tensors} | {' | '.join(f'{result}, dB (quiet)' for result in RESULTS)} |")
-        print("|---|---|---|---|")
-        for variant, row in rows.items():
-            cells = [f"{a:.1f} ({b:.1f})" for a, b in zip(row["all"], row["quiet"], strict=True)]
-            print(f"| {variant} | {' | '.join(cells)} |")
-    print(
-        "\n| weight for grad_input | direct, dB | from the gathered copy | elements that differ "
-        "| not powers of 2: direct | from the gathered copy |"
+    for tensors, by_variant in layers.items():
+        rows = [
+            [
+                variant,
+                *(f"{a:.1f} ({b:.1f})" for a, b in zip(row["all"], row["quiet"], strict=True)),
+            ]
+            for variant, row in by_variant.items()
+        ]
+        print("\n" + markdown_table([tensors, *(f"{name}, dB (quiet)" for name in RESULTS)], rows))
+    header = (
+        "weight for grad_input",
+        "direct, dB",
+        "from the gathered copy",
+        "elements that differ",
+        "not powers of 2: direct",
+        "from the gathered copy",
     )
-    print("|---|---|---|---|---|---|")
-    for pair, rows in weights.items():
-        for name, row in rows.items():
+    rows = []
+    for pair, by_name in weights.items():
+        for name, row in by_name.items():
             a, b, differ, c, d = row.values()
-            print(f"| {pair}, {name} | {a:.2f} | {b:.2f} | {differ:.4f} % | {c:.2f} | {d:.2f} |")
+            values = (f"{a:.2f}", f"{b:.2f}", f"{differ:.4f} %", f"{c:.2f}", f"{d:.2f}")
+            rows.append([f"{pair}, {name}", *values])
+    print("\n" + markdown_table(header, rows))
 
 
 def main() -> None:
@@ -284,8 +284,7 @@ def main() -> None:
     if any(size % 128 or size <= 0 for size in sizes):
         parser.error(f"tokens, k and n are {sizes}; each must be a multiple of 128")
     logging.getLogger("fp8dist").setLevel(logging.WARNING)
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    init_distributed()
 
     layers = {}
     for name, make in TENSORS.items():
@@ -301,17 +300,17 @@ def main() -> None:
         }
         for pair, blocks in DERIVED.items()
     }
+    here = setting()
     facts = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-        **{name: importlib.metadata.version(name) for name in ("torch", "torchao")},
-        "date": datetime.date.today().isoformat(),
+        "device": here["gpu"] or "CPU",
+        **{name: here["versions"][name] for name in ("torch", "torchao")},
+        "date": here["date"],
         **{name: getattr(options, name) for name in ("tokens", "k", "n", "seed")},
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print_tables(layers, weights)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {**facts, "layers": layers, "weights": weights}
-    options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.out.with_suffix(".json"), report)
     draw(layers, weights, options.out.with_suffix(".png"))
     dist.destroy_process_group()
 

@@ -1,42 +1,28 @@
 """The step benchmark runs on any machine; its times mean something on a GPU only."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "scripts" / "bench" / "bench_step.py"
+from tests.unit.bench.program import load_program, run_program
+
 SIZES = (
     "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32 --steps=2 --microbatches=2 --no-compile"
 )
 
 
-def run_bench(
-    *arguments: str, torchrun: tuple[str, ...] = ()
-) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *torchrun, str(BENCH), *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
     variants = ["bf16", "torchao:tensorwise", "fp8dist:tensorwise", "fp8dist:tensorwise-ag+fa"]
     saved = tmp_path / "rows.json"
-    run = run_bench(
+    run = run_program(
+        "bench_step",
         *SIZES.split(),
         f"--variants={','.join(variants)}",
         f"--json={saved}",
         "--profile",
-        torchrun=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        ranks=2,
     )
     assert run.returncode == 0, run.stderr
     printed = [line.split() for line in run.stdout.splitlines() if "tok/s/rank" in line]
@@ -53,6 +39,22 @@ def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "torchao:rowwise+ag", "fp8dist:tensorwise+fa-ag"])
 def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
-    run = run_bench(f"--variants=bf16,{name}")
+    run = run_program("bench_step", f"--variants=bf16,{name}")
     assert run.returncode != 0
     assert f"ValueError: {name}: " in run.stderr
+
+
+def test_other_losses_than_the_first_variants_are_wrong() -> None:
+    bench_step = load_program("bench_step")
+    first = torch.tensor([9.0, 8.5])
+    bench_step.check_losses(torch.tensor([9.01, 8.4]), first)
+    for losses in ([9.0, 8.2], [8.5, 8.5], [9.0, float("nan")], [float("inf"), 8.5]):
+        with pytest.raises(load_program("harness").WrongResult, match=r"of the first .* 8\.5000"):
+            bench_step.check_losses(torch.tensor(losses), first)
+
+
+def test_a_first_variant_without_a_loss_is_wrong() -> None:
+    bench_step = load_program("bench_step")
+    losses = torch.tensor([9.0, float("nan")])
+    with pytest.raises(load_program("harness").WrongResult):
+        bench_step.check_losses(losses, losses)

@@ -1,24 +1,9 @@
 """The learning curves run on any machine; what they show takes hundreds of steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
-LEARNING = ROOT / "scripts" / "bench" / "learning.py"
-
-
-def run_learning(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(LEARNING), *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+from tests.unit.bench.program import run_program
 
 
 def test_every_run_is_of_its_recipe_and_is_not_repeated(tmp_path: Path) -> None:
@@ -31,7 +16,7 @@ def test_every_run_is_of_its_recipe_and_is_not_repeated(tmp_path: Path) -> None:
         "--training.seq_len=32",
         "--training.local_batch_size=1",
     ]
-    first = run_learning(*arguments)
+    first = run_program("learning", *arguments)
     assert first.returncode == 0, first.stderr
     for line in ("float8 rowwise: 28 of 29", "float8 mxfp8_rceil: 28 of 29"):
         assert line in first.stdout
@@ -44,7 +29,7 @@ def test_every_run_is_of_its_recipe_and_is_not_repeated(tmp_path: Path) -> None:
         assert abs(run["final_loss"] / plain["final_loss"] - 1) < 0.01
     assert (tmp_path / "runs" / "learning.png").stat().st_size > 0
 
-    again = run_learning(*arguments)
+    again = run_program("learning", *arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count(": there already") == 3
     assert "nats per byte" not in again.stdout
@@ -52,6 +37,6 @@ def test_every_run_is_of_its_recipe_and_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_refuses_a_recipe_that_does_not_exist() -> None:
-    run = run_learning("--recipes=rowwise,rowise")
+    run = run_program("learning", "--recipes=rowwise,rowise")
     assert run.returncode == 2
     assert "unknown rowise; known: tensorwise, rowwise" in run.stderr

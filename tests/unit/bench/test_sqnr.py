@@ -1,30 +1,15 @@
 """The noise table runs on any machine, and shows what the library claims."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-SQNR = ROOT / "scripts" / "bench" / "sqnr.py"
-
-
-def run_sqnr(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(SQNR), *arguments],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+from tests.unit.bench.program import run_program
 
 
 def test_one_copy_serves_both(tmp_path: Path) -> None:
-    run = run_sqnr("--tokens=128", "--k=256", "--n=384", f"--out={tmp_path}/sqnr")
+    run = run_program("sqnr", "--tokens=128", "--k=256", "--n=384", f"--out={tmp_path}/sqnr")
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "sqnr.json").read_text())
     assert (tmp_path / "sqnr.png").stat().st_size > 0
@@ -45,6 +30,6 @@ def test_one_copy_serves_both(tmp_path: Path) -> None:
 
 
 def test_refuses_sizes_that_blocks_do_not_divide() -> None:
-    run = run_sqnr("--k=100")
+    run = run_program("sqnr", "--k=100")
     assert run.returncode == 2
     assert "must be a multiple of 128" in run.stderr
