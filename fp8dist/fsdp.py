@@ -11,7 +11,13 @@ from torch.utils.hooks import RemovableHandle
 
 from fp8dist.linear import Float8Linear
 from fp8dist.tensors.sharded_weight import check_reshard, is_sharded
-from fp8dist.tensors.weight_state import WeightState, local_shard, shard_group, update_scales
+from fp8dist.tensors.weight_state import (
+    WeightState,
+    cast_payloads,
+    local_shard,
+    shard_group,
+    update_scales,
+)
 
 
 def _roots(module_or_modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -68,12 +74,15 @@ def precompute_float8_dynamic_scale_for_fsdp(
         states = [state for state, _ in weights]
         params = [param for _, param in weights]
         update_scales(states, params)
-        for state, param in weights:
-            shard = local_shard(param)._tensor
-            # Under CPU offload FSDP2 moves the shard to the device at each all-gather, and it is
-            # cast there.
-            if state.config.cache_payload and shard.device.type == param.device_mesh.device_type:
-                state.current_payload(shard, param)
+        # Under CPU offload FSDP2 moves the shard to the device at each all-gather, and it is cast
+        # there.
+        cached = [
+            (state, state.shard_now(param))
+            for state, param in weights
+            if state.config.cache_payload
+            and local_shard(param).device.type == param.device_mesh.device_type
+        ]
+        cast_payloads([state for state, _ in cached], [shard for _, shard in cached])
 
 
 def register_precompute_hook(

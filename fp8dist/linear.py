@@ -24,22 +24,30 @@ def _hp(weight: torch.Tensor) -> torch.Tensor:
 def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     """The operand of output, (N, K): as it arrived in float8, or cast here."""
     if isinstance(weight, Float8Tensor):
-        return Scaled(*weight.unpack(), recipe.weight)
+        return weight.unpack(recipe.weight)
     scaled, _ = kernels.quantize_both(
         _hp(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
     return _wanted(scaled)
 
 
-def _weight_for_grad_input(weight: torch.Tensor, recipe: Recipe) -> Scaled:
-    """The operand of grad_input, (K, N): derived from what arrived, or cast here."""
+def _weight_for_grad_input(
+    weight: torch.Tensor, recipe: Recipe, grad_output: torch.Tensor
+) -> Scaled:
+    """The operand of grad_input, (K, N): derived from what arrived, or cast here.
+
+    grad_output has no say in it but when; see [Note: only in backward] in `kernels.ops`.
+    """
     block = recipe.weight_for_grad_input
     if isinstance(weight, Float8Tensor):
-        arrived = Scaled(*weight.unpack(), recipe.weight)
-        new_scale = weight._scale_for_grad_input
-        return kernels.rescale_transposed(arrived, block, new_scale, recipe.scale_format)
+        arrived, scales = weight.unpack(recipe.weight), weight._scales_for_grad_input
+        new_scale = None if scales is None else scales[0]
+        derived = kernels.rescale_transposed(
+            arrived, block, new_scale, recipe.scale_format, grad_output
+        )
+        return derived if scales is None else derived._replace(inverse=scales[1].t())
     _, transposed = kernels.quantize_both(
-        _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format
+        _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
     )
     return _wanted(transposed)
 
@@ -74,7 +82,10 @@ class _Float8Matmul(torch.autograd.Function):
         scaled, transposed = kernels.quantize_both(
             input, recipe.input, block, recipe.input_dtype, recipe.scale_format
         )
-        saved = (input,) if transposed is None else (transposed.data, transposed.scale)
+        saved = (input,)
+        if transposed is not None:
+            inverse = () if transposed.inverse is None else (transposed.inverse,)
+            saved = (transposed.data, transposed.scale, *inverse)
         ctx.save_for_backward(weight, *(saved if needs_weight_grad else ()))
         ctx.config = config
         return scaled_matmul(
@@ -107,16 +118,17 @@ class _Float8Matmul(torch.autograd.Function):
         if scaled is not None:
             grad_input = scaled_matmul(
                 scaled,
-                _weight_for_grad_input(weight, recipe),
+                _weight_for_grad_input(weight, recipe, grad_output),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_input,
                 emulate=config.emulate,
             )
         if transposed is not None and input_block is not None:
+            data, scale, *inverse = saved_input
             grad_weight = scaled_matmul(
                 transposed,
-                Scaled(saved_input[0], saved_input[1], (input_block[1], input_block[0])),
+                Scaled(data, scale, (input_block[1], input_block[0]), *inverse),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_weight,

@@ -39,7 +39,9 @@ def scaled_matmul(
     a_data, b_data = _aligned(a.data), _aligned(b.data)
     tensorwise = a.block == b.block == TENSOR
     if a.block == ROW and b.block == TENSOR:
-        b = Scaled(b.data, b.scale.expand(b.data.size(0), 1), ROW)
+        rows = b.data.size(0)
+        inverse = None if b.inverse is None else b.inverse.expand(rows, 1)
+        b = Scaled(b.data, b.scale.expand(rows, 1), ROW, inverse)
     a_type, b_type = _SCALING_TYPES[a.block], _SCALING_TYPES[b.block]
     swizzle = SwizzleType.SWIZZLE_32_4_4 if recipe.scale_format == "e8m0" else None
     output = F.scaled_mm(
@@ -84,7 +86,7 @@ def _hardware_scale(x: Scaled) -> torch.Tensor:
     """
     if x.block == (1, 32):
         return to_blocked(numerics.scale_to_exponent(x.scale)).view(torch.float8_e8m0fnu)
-    inverse = x.scale.reciprocal()
+    inverse = x.scale.reciprocal() if x.inverse is None else x.inverse
     if x.block == (1, 128):  # (rows, K / 128), rows contiguous
         return inverse.t().contiguous().t()
     if x.block == (128, 128):  # (K / 128 padded to 4, N / 128), the former contiguous

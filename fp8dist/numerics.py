@@ -33,31 +33,41 @@ def amax(x: torch.Tensor, block: Block) -> torch.Tensor:
     return blocks.abs().amax(dim=(1, 3))
 
 
-def fill_amaxes(
-    amaxes: Sequence[torch.Tensor], x: torch.Tensor, blocks: Sequence[Block], start: tuple[int, int]
-) -> None:
-    """Write the amaxes of the blocks of a matrix that a part of it touches.
-
-    Blocks that the part does not touch are left as they are; one that it holds in part gets the
-    amax of that part.
+class AmaxPart(NamedTuple):
+    """A part of a matrix, and where the amaxes of that matrix go.
 
     Args:
-        amaxes: for each of blocks, float32, one element per block of the whole matrix.
         x: the part, not empty, high precision.
         start: the row and the column of the matrix at which x begins.
+        blocks: for which blocks amaxes are wanted.
+        amaxes: for each of blocks, float32, one element per block of the whole matrix.
     """
-    for out, block in zip(amaxes, blocks, strict=True):
-        before = [0 if block[dim] == WHOLE else start[dim] % block[dim] for dim in (0, 1)]
-        after = [
-            0 if block[dim] == WHOLE else -(before[dim] + x.size(dim)) % block[dim]
-            for dim in (0, 1)
-        ]
-        padded = x
-        if any(before) or any(after):
-            padded = F.pad(x, (before[1], after[1], before[0], after[0]))
-        local = amax(padded, block)
-        row, column = (0 if block[dim] == WHOLE else start[dim] // block[dim] for dim in (0, 1))
-        out[row : row + local.size(0), column : column + local.size(1)].copy_(local)
+
+    x: torch.Tensor
+    start: tuple[int, int]
+    blocks: Sequence[Block]
+    amaxes: Sequence[torch.Tensor]
+
+
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+    """Write the amaxes of the blocks that parts of matrices touch.
+
+    Blocks that a part does not touch are left as they are; one that it holds in part gets the
+    amax of that part.
+    """
+    for x, start, blocks, amaxes in parts:
+        for out, block in zip(amaxes, blocks, strict=True):
+            before = [0 if block[dim] == WHOLE else start[dim] % block[dim] for dim in (0, 1)]
+            after = [
+                0 if block[dim] == WHOLE else -(before[dim] + x.size(dim)) % block[dim]
+                for dim in (0, 1)
+            ]
+            padded = x
+            if any(before) or any(after):
+                padded = F.pad(x, (before[1], after[1], before[0], after[0]))
+            local = amax(padded, block)
+            row, column = (0 if block[dim] == WHOLE else start[dim] // block[dim] for dim in (0, 1))
+            out[row : row + local.size(0), column : column + local.size(1)].copy_(local)
 
 
 def amax_to_scale(
@@ -140,14 +150,19 @@ def cast(x: torch.Tensor, scale: torch.Tensor, float8_dtype: torch.dtype) -> tor
 
 
 class Scaled(NamedTuple):
-    """A quantized matrix: float8 data, its float32 scales, and the block they are for."""
+    """A quantized matrix: float8 data, its float32 scales, and the block they are for.
+
+    `inverse` is 1 / scale, which a float8 matmul multiplies by, where it is there already.
+    """
 
     data: torch.Tensor
     scale: torch.Tensor
     block: Block
+    inverse: torch.Tensor | None = None
 
     def t(self) -> "Scaled":
-        return Scaled(self.data.t(), self.scale.t(), (self.block[1], self.block[0]))
+        inverse = None if self.inverse is None else self.inverse.t()
+        return Scaled(self.data.t(), self.scale.t(), (self.block[1], self.block[0]), inverse)
 
 
 def quantize(
@@ -158,14 +173,46 @@ def quantize(
     return Scaled(cast(x, scale, float8_dtype), scale, block)
 
 
-def cast_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    """out = cast(x, scale).
+class CastPart(NamedTuple):
+    """A part of a matrix, the scales of that matrix, and where the part goes as float8.
 
     Args:
-        out: (M, N), float8; rows contiguous.
-        scale: float32: one, one per row, or one per row and block of columns.
+        x: (m, n), the part, not empty, high precision.
+        start: the row and the column of the matrix at which x begins.
+        block: which elements of the matrix share a scale.
+        scale: float32, one per block of the whole matrix.
+        out: (m, n), float8; rows contiguous.
     """
-    out.copy_(cast(x, scale, out.dtype))
+
+    x: torch.Tensor
+    start: tuple[int, int]
+    block: Block
+    scale: torch.Tensor
+    out: torch.Tensor
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """out = cast(x, scale), for parts of matrices."""
+    for part in parts:
+        part.out.copy_(cast(part.x, _local_scale(part), part.out.dtype))
+
+
+def _local_scale(part: CastPart) -> torch.Tensor:
+    """The scales of a part's elements: one row of them or one per row, and along the row, one or
+    one per block of columns.
+    """
+    scale = part.scale
+    for dim in (0, 1):
+        side, start, extent = part.block[dim], part.start[dim], part.x.size(dim)
+        whole = extent == scale.size(dim) * side
+        if side == WHOLE or (whole and (dim == 1 or side == 1)):
+            continue
+        if side == 1 or (dim == 1 and start % side == 0 and extent % side == 0):
+            scale = scale.narrow(dim, start // side, extent // side)
+        else:
+            index = torch.arange(start, start + extent, device=scale.device) // side
+            scale = scale.index_select(dim, index)
+    return scale
 
 
 def token_multiple(block: Block) -> int:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fp8dist import kernels, numerics
-from fp8dist.config import TENSOR, WHOLE, Block, Recipe
+from fp8dist.config import WHOLE, Block, Recipe
+from fp8dist.numerics import AmaxPart, CastPart
 
 Size = tuple[int, int]
 
@@ -85,7 +86,7 @@ def scales_size(size: Size, block: Block) -> Size:
 
 def compute_scales(
     shards: Sequence[Shard], group: dist.ProcessGroup, device: torch.device
-) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
+) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.Tensor, list[int]]:
     """The scales of all weights, with one all-reduce.
 
     Args:
@@ -93,8 +94,9 @@ def compute_scales(
         device: where the collective runs.
 
     Returns:
-        scales: for each weight, one float32 tensor per `reduced_blocks`, of `scales_size`, views
-            of one buffer; or one of exponents, uint8, (N, K / 32); none if it is packed.
+        scales: for each weight, per `reduced_blocks` the scales and their reciprocals, float32,
+            of `scales_size`, views of two buffers; or (exponents,), uint8, (N, K / 32); nothing if
+            it is packed.
         amaxes: 1-D, float32: all amaxes of the full weights.
         ends: for each weight, where its amaxes end in `amaxes`.
     """
@@ -116,8 +118,8 @@ def compute_scales(
     if flat.numel() > 0:
         all_reduce_amaxes(flat, group)
     scales = iter(_scales(amaxes, regions, sizes))
-    by_weight = [
-        [_exponents(shard, shard_words)]
+    by_weight: list[list[tuple[torch.Tensor, ...]]] = [
+        [(_exponents(shard, shard_words),)]
         if shard_words.numel() > 0
         else [next(scales) for _ in shard.reduced_blocks]
         for shard, shard_words in zip(shards, all_words, strict=True)
@@ -133,25 +135,22 @@ def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
     return list(flat.split([rows * columns for rows, columns in sizes]))
 
 
-def _fill_amaxes(shards: Sequence[Shard], parts: list[torch.Tensor]) -> None:
-    batched, i = [], 0
+def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
+    parts, copies, i = [], [], 0
     for shard in shards:
         blocks = shard.reduced_blocks
-        mine, i = parts[i : i + len(blocks)], i + len(blocks)
+        mine, i = amaxes[i : i + len(blocks)], i + len(blocks)
         if shard.data.numel() == 0 or not blocks:
             continue
-        if shard.data.is_cuda and blocks == [TENSOR]:
-            batched.append((shard.data, mine[0]))
-        else:
+        if shard.data.device != mine[0].device:
             # Under CPU offload the shard is on the CPU and the buffer is not.
-            target = [part.to(shard.data.device) for part in mine]
-            kernels.fill_amaxes(target, shard.data, blocks, shard.start)
-            for part, filled in zip(mine, target, strict=True):
-                if part is not filled:
-                    part.copy_(filled)
-    if batched:  # one launch for all weights
-        norms = torch._foreach_norm([data for data, _ in batched], ord=torch.inf)
-        torch._foreach_copy_([part.view(()) for _, part in batched], list(norms))
+            targets = [amax.to(shard.data.device) for amax in mine]
+            copies += list(zip(mine, targets, strict=True))
+            mine = targets
+        parts.append(AmaxPart(shard.data, shard.start, blocks, mine))
+    kernels.fill_amaxes(parts)
+    for amax, filled in copies:
+        amax.copy_(filled)
 
 
 # The order of exponent words as unsigned numbers is kept when they are compared as int32 with
@@ -191,18 +190,21 @@ def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
 
 def _scales(
     flat: torch.Tensor, regions: list[tuple[Shard, Block]], sizes: list[Size]
-) -> list[torch.Tensor]:
-    """Amaxes as scales: in one go where all weights have them in one format."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Amaxes as scales and their reciprocals: in one go where all weights have one format."""
     formats = {(shard.recipe.weight_dtype, shard.recipe.scale_format) for shard, _ in regions}
     if len(formats) == 1:
         ((dtype, scale_format),) = formats
-        parts = _split(numerics.amax_to_scale(flat, dtype, scale_format), sizes)
+        scale = numerics.amax_to_scale(flat, dtype, scale_format)
     else:
-        parts = [
-            numerics.amax_to_scale(part, shard.recipe.weight_dtype, shard.recipe.scale_format)
-            for part, (shard, _) in zip(_split(flat, sizes), regions, strict=True)
-        ]
-    return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+        scale = torch.empty_like(flat)
+        for out, amax, (shard, _) in zip(
+            _split(scale, sizes), _split(flat, sizes), regions, strict=True
+        ):
+            recipe = shard.recipe
+            out.copy_(numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format))
+    pairs = zip(_split(scale, sizes), _split(scale.reciprocal(), sizes), sizes, strict=True)
+    return [(part.view(size), inverse.view(size)) for part, inverse, size in pairs]
 
 
 def payload_columns(shard: Shard) -> int:
@@ -211,43 +213,36 @@ def payload_columns(shard: Shard) -> int:
     return columns + columns // shard.recipe.weight[1] if shard.packed else columns
 
 
-def cast_payload(shard: Shard, scale: torch.Tensor | None, payload: torch.Tensor) -> None:
-    """Cast a shard into the bytes that its rank contributes to the all-gather.
+def cast_payloads(
+    shards: Sequence[Shard],
+    scales: Sequence[torch.Tensor | None],
+    payloads: Sequence[torch.Tensor],
+) -> None:
+    """Cast shards into the bytes that their rank contributes to the all-gathers.
 
     Args:
-        scale: the scales of the whole weight; None if the shard is packed.
-        payload: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
+        scales: float32, the scales of each whole weight; None if its shard is packed.
+        payloads: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
     """
-    data, recipe = shard.data, shard.recipe
-    if data.numel() == 0:
-        return
-    rows = payload[: data.size(0)]
-    if scale is None:
-        columns = data.size(1)
-        scaled, _ = kernels.quantize_both(
-            data, recipe.weight, None, recipe.weight_dtype, recipe.scale_format
-        )
-        if scaled is None:
-            raise AssertionError("the operand that was asked for is missing")
-        rows[:, :columns].copy_(scaled.data.view(torch.uint8))
-        rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))
-    else:
-        local = _local_scale(scale, recipe.weight, shard)
-        kernels.cast_into(rows.view(recipe.weight_dtype), data, local)
-
-
-def _local_scale(scale: torch.Tensor, block: Block, shard: Shard) -> torch.Tensor:
-    """The scales of a shard's elements as `cast_into` takes them: one, or one per row and, along
-    the row, one per block of columns.
-    """
-    for dim in (0, 1):
-        side, start, extent = block[dim], shard.start[dim], shard.data.size(dim)
-        whole = extent == shard.size[dim]
-        if side == WHOLE or (whole and (dim == 1 or side == 1)):
+    parts = []
+    for shard, scale, payload in zip(shards, scales, payloads, strict=True):
+        if shard.data.numel() == 0:
             continue
-        if side == 1 or (dim == 1 and start % side == 0 and extent % side == 0):
-            scale = scale.narrow(dim, start // side, extent // side)
+        rows, recipe = payload[: shard.data.size(0)], shard.recipe
+        if scale is None:
+            _pack(shard, rows)
         else:
-            index = torch.arange(start, start + extent, device=scale.device) // side
-            scale = scale.index_select(dim, index)
-    return scale
+            out = rows.view(recipe.weight_dtype)
+            parts.append(CastPart(shard.data, shard.start, recipe.weight, scale, out))
+    kernels.cast_into(parts)
+
+
+def _pack(shard: Shard, rows: torch.Tensor) -> None:
+    data, recipe, columns = shard.data, shard.recipe, shard.data.size(1)
+    scaled, _ = kernels.quantize_both(
+        data, recipe.weight, None, recipe.weight_dtype, recipe.scale_format
+    )
+    if scaled is None:
+        raise AssertionError("the operand that was asked for is missing")
+    rows[:, :columns].copy_(scaled.data.view(torch.uint8))
+    rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))

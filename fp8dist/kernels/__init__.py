@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from fp8dist import hardware, numerics
-from fp8dist.config import COLUMN, ROW, TENSOR, Block, ScaleFormat
-from fp8dist.numerics import Scaled
+from fp8dist.config import COLUMN, ROW, TENSOR, WHOLE, Block, ScaleFormat
+from fp8dist.numerics import AmaxPart, CastPart, Scaled
 
 try:
     from fp8dist.kernels import ops
@@ -25,42 +25,55 @@ def quantize_both(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
+    after: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
-    """See `numerics.quantize_both`."""
-    implementation = ops if _has_kernels(x) else numerics
-    if (128, 128) in (block, transposed_block):
-        # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless
-        # the float8 all-gather is off.
-        implementation = numerics
-    return implementation.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
+    """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`."""
+    # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless the
+    # float8 all-gather is off.
+    if _has_kernels(x) and (128, 128) not in (block, transposed_block):
+        return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, after)
+    return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
 
 
 def rescale_transposed(
-    weight: Scaled, block: Block, new_scale: torch.Tensor | None, scale_format: ScaleFormat
+    weight: Scaled,
+    block: Block,
+    new_scale: torch.Tensor | None,
+    scale_format: ScaleFormat,
+    after: torch.Tensor | None = None,
 ) -> Scaled:
-    """See `numerics.rescale_transposed`."""
-    implementation = ops if _has_kernels(weight.data) else numerics
-    return implementation.rescale_transposed(weight, block, new_scale, scale_format)
+    """See `numerics.rescale_transposed`; for `after`, [Note: only in backward] in `ops`."""
+    if _has_kernels(weight.data):
+        return ops.rescale_transposed(weight, block, new_scale, scale_format, after)
+    return numerics.rescale_transposed(weight, block, new_scale, scale_format)
 
 
-def cast_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    """See `numerics.cast_into`."""
-    implementation = ops if _has_kernels(x) else numerics
-    implementation.cast_into(out, x, scale)
-
-
-def fill_amaxes(
-    amaxes: Sequence[torch.Tensor], x: torch.Tensor, blocks: Sequence[Block], start: tuple[int, int]
-) -> None:
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
     """See `numerics.fill_amaxes`."""
-    # The kernel writes whole rows of blocks: a shard of some columns is left to numerics, where
-    # its columns matter.
-    in_kernel = all(
-        block in (TENSOR, ROW)
-        or (block in (COLUMN, (128, 128)) and part.size(1) * block[1] == x.size(1))
-        for part, block in zip(amaxes, blocks, strict=True)
-    )
-    if _has_kernels(x) and in_kernel:
-        ops.fill_amaxes(amaxes, x, blocks, start[0])
-    else:
-        numerics.fill_amaxes(amaxes, x, blocks, start)
+
+    def in_kernel(part: AmaxPart) -> bool:
+        # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
+        # where its columns matter.
+        return _has_kernels(part.x) and all(
+            block in (TENSOR, ROW)
+            or (block in (COLUMN, (128, 128)) and amaxes.size(1) * block[1] == part.x.size(1))
+            for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
+        )
+
+    if for_kernel := [part for part in parts if in_kernel(part)]:
+        ops.fill_amaxes(for_kernel)
+    numerics.fill_amaxes([part for part in parts if not in_kernel(part)])
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """See `numerics.cast_into`."""
+
+    def in_kernel(part: CastPart) -> bool:
+        # Where a shard of columns begins within a block, the kernel's tiles are not its blocks.
+        side = part.block[1]
+        at_block = side == WHOLE or part.start[1] % side == part.x.size(1) % side == 0
+        return _has_kernels(part.x) and at_block
+
+    if for_kernel := [part for part in parts if in_kernel(part)]:
+        ops.cast_into(for_kernel)
+    numerics.cast_into([part for part in parts if not in_kernel(part)])

@@ -1,182 +1,192 @@
-"""The Triton kernels as torch ops, so that eager code and the compiler call the same.
+"""The Triton kernels, launched: each function is the twin of one in `fp8dist.numerics` and gives
+the same bytes.
 
-Each op is the twin of a function in `fp8dist.numerics` and gives the same bytes. The ops are opaque
-to the compiler and not `triton_op`s: as those, together with another way of sharing casts (commit
-09c350e), a compiled rowwise step ended in an illegal memory access on torch 2.11. The cause is not
-known, so it may lie elsewhere.
+Casts of activations and transposes are torch ops, opaque to the compiler, which merges equal ones:
+layers that share an input share its cast. They are defined in a `torch.library.Library`, as
+`custom_op` costs the CPU a third more time per call.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
-import triton
-from torch.library import custom_op
+from torch.library import Library, register_fake
 
 from fp8dist.config import COLUMN, ROW, TENSOR, Block, ScaleFormat
 from fp8dist.kernels import triton_kernels as kernels
-from fp8dist.numerics import Scaled, token_multiple
+from fp8dist.numerics import AmaxPart, CastPart, Scaled, token_multiple
 
-_KINDS = {TENSOR: 1, ROW: 2, COLUMN: 3}
-_NONE, _OWN = 0, 4
+_KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
+_FLOAT8_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
+
+_library = Library("fp8dist", "FRAGMENT")
 
 
-def _kind(block: Block | None) -> int:
+def _kind(block: Block | None) -> str:
     """The kernels' name for a block; see `triton_kernels`."""
-    return _NONE if block is None else _KINDS.get(block, _OWN)
+    return "none" if block is None else _KINDS.get(block, "own")
 
 
-def _grid(m: int, n: int, bm: int, bn: int) -> tuple[int, int]:
-    return triton.cdiv(m, bm), triton.cdiv(n, bn)
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
-def _launch_amax(x: torch.Tensor, buffers: dict[int, torch.Tensor], row_start: int = 0) -> None:
-    """Raise the amaxes in `buffers` (int32 bits, by kind) to those of x."""
-    (m, n), bm, bn = x.shape, 64, 128
-    unused = next(iter(buffers.values()))
-    kernels.amax_kernel[_grid(m, n, bm, bn)](
-        x,
-        buffers.get(1, unused),
-        buffers.get(2, unused),
-        buffers.get(3, unused),
-        buffers.get(_OWN, unused),
-        m,
-        n,
-        x.stride(0),
-        row_start,
-        WANT_TENSOR=1 in buffers,
-        WANT_ROW=2 in buffers,
-        WANT_COLUMN=3 in buffers,
-        WANT_BLOCK=_OWN in buffers,
-        BM=bm,
-        BN=bn,
-        num_warps=8,
-    )
+# [Note: only in backward]
+# The compiler moves what backward computes from the weight alone into forward, and keeps the
+# result. FSDP2 frees a weight between forward and backward, but it could not free that. An
+# argument `after`, which is not used, ties such an op to a gradient, and so to backward.
+
+_library.define(
+    "quantize(Tensor x, int[2]? block, int[2]? transposed_block, ScalarType float8_dtype, "
+    "str scale_format, Tensor? x_scale, Tensor? new_scale, Tensor? after) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define("transpose(Tensor x, Tensor? after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _amax_bits(x: torch.Tensor, kinds: set[int]) -> dict[int, torch.Tensor]:
-    """The amaxes of x by kind, as the bits of float32 numbers."""
-    sizes = {kind: {1: 1, 2: x.size(0), 3: x.size(1)}[kind] for kind in sorted(kinds)}
-    bits = torch.zeros(sum(sizes.values()), dtype=torch.int32, device=x.device)
-    buffers = dict(zip(sizes, bits.split(list(sizes.values())), strict=True))
-    if x.numel() > 0 and buffers:
-        _launch_amax(x, buffers)
-    return buffers
-
-
-def fill_amaxes(
-    amaxes: Sequence[torch.Tensor], x: torch.Tensor, blocks: Sequence[Block], row_start: int
-) -> None:
-    """Twin of `numerics.fill_amaxes` for all blocks of a shard at once: one pass."""
-    buffers = {}
-    for part, block in zip(amaxes, blocks, strict=True):
-        bits = part.view(torch.int32)
-        buffers[_kind(block)] = bits[row_start:] if block == ROW else bits
-    _launch_amax(x, buffers, row_start)
-
-
-def _as_block(block: list[int] | None) -> Block | None:
-    return None if block is None else (block[0], block[1])
-
-
-@custom_op("fp8dist::quantize", mutates_args=())
 def _quantize(
     x: torch.Tensor,
-    block: list[int] | None,
-    transposed_block: list[int] | None,
+    block: Sequence[int] | None,
+    transposed_block: Sequence[int] | None,
     float8_dtype: torch.dtype,
     scale_format: str,
     x_scale: torch.Tensor | None,
     new_scale: torch.Tensor | None,
+    after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `quantize_both` and `rescale_transposed`; what is not wanted comes back empty."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    (m, n), bm, bn = x.shape, 128, 128
-    a, b = _as_block(block), _as_block(transposed_block)
-    kind, t_kind = _kind(a), _kind(b)
-    data, scale, t_data, t_scale = _quantize_outputs(x, a, b, float8_dtype, new_scale is not None)
-    if x.numel() == 0:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    a = None if block is None else (block[0], block[1])
+    b = None if transposed_block is None else (transposed_block[0], transposed_block[1])
+    given = new_scale is not None
+    m, n = x.shape
+    sizes, m_padded, amaxes = _sizes(m, n, a, b, scale_format, given)
+    device = x.device
+    data = torch.empty(sizes[0], dtype=float8_dtype, device=device)
+    scale = torch.empty(sizes[1], dtype=torch.float32, device=device)
+    t_data = torch.empty(sizes[2], dtype=float8_dtype, device=device)
+    t_scale = torch.empty(sizes[3], dtype=torch.float32, device=device)
+    if m == 0 or n == 0:
         return data, scale, t_data, t_scale
-    m_padded = t_data.size(1) if b is not None else m
-    unused = x
-    wanted = {k for k in (kind, t_kind) if k not in (_NONE, _OWN)}
-    amaxes = _amax_bits(x, wanted) if new_scale is None else {}
-    kernels.quantize_kernel[_grid(m_padded, n, bm, bn)](
+    kind, t_kind = _kind(a), _kind(b)
+    x_stride = x.stride(0)
+    amax = x if new_scale is None else new_scale  # x: not read
+    if amaxes > 0:
+        amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
+        kernels.amax_kernel[_cdiv(m, 64), _cdiv(n, 128)](
+            x,
+            amax,
+            m,
+            n,
+            x_stride,
+            WANT_ROW=kind == "row",
+            WANT_COLUMN=t_kind == "column",
+            WANT_TENSOR=kind == "tensor" or t_kind == "tensor",
+            BM=64,
+            BN=128,
+            num_warps=8,
+        )
+    kernels.quantize_kernel[_cdiv(m_padded, 128), _cdiv(n, 128)](
         x,
-        unused if x_scale is None else x_scale,
-        amaxes.get(kind, unused),
+        x if x_scale is None else x_scale,
+        amax,
         data,
         scale,
-        amaxes.get(t_kind, unused) if new_scale is None else new_scale,
         t_data,
         t_scale,
         m,
         n,
         m_padded,
-        x.stride(0),
-        n,
-        FLOAT8_MAX=torch.finfo(float8_dtype).max,
+        x_stride,
+        FLOAT8_MAX=_FLOAT8_MAX[float8_dtype],
         FORMAT=scale_format,
-        X_SCALE=_NONE if x_scale is None else (2 if x_scale.size(1) == 1 else _OWN),
+        X_SCALE="none" if x_scale is None else "row" if x_scale.size(1) == 1 else "own",
         KIND=kind,
-        BLOCK=a[1] if a is not None and kind == _OWN else 1,
+        BLOCK=a[1] if a is not None and kind == "own" else 1,
         T_KIND=t_kind,
-        T_BLOCK=b[0] if b is not None and t_kind == _OWN else 1,
-        T_GIVEN=new_scale is not None,
-        BM=bm,
-        BN=bn,
+        T_BLOCK=b[0] if b is not None and t_kind == "own" else 1,
+        T_GIVEN=given,
+        BM=128,
+        BN=128,
         num_warps=8,
     )
     return data, scale, t_data, t_scale
 
 
-def _quantize_outputs(
-    x: torch.Tensor, a: Block | None, b: Block | None, dtype: torch.dtype, given: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, n = x.shape
-    sizes: list[tuple[int, int]] = [(0, 0)] * 4
+_Sizes = tuple[tuple[int, ...], ...]
+
+
+def _sizes_of(
+    m: int, n: int, a: Block | None, b: Block | None, scale_format: str, given: bool
+) -> tuple[_Sizes, int, int]:
+    """The sizes of what `_quantize` returns, m padded, and how many amaxes it needs.
+
+    Scales come as (2, ...): themselves and their reciprocals; e8m0 as (1, ...).
+    """
+    sizes: list[tuple[int, ...]] = [(0, 0)] * 4
+    copies = 1 if scale_format == "e8m0" else 2
+    m_padded = m
     if a is not None:
         sizes[0] = (m, n)
-        sizes[1] = {1: (1, 1), 2: (m, 1), _OWN: (n // a[1], m)}[_kind(a)]
+        of_kind = {"tensor": (1, 1), "row": (m, 1)}
+        sizes[1] = (copies, *(of_kind.get(_kind(a)) or (n // a[1], m)))
     if b is not None:
         m_padded = m + -m % token_multiple(b)
         sizes[2] = (n, m_padded)
         if not given:
-            sizes[3] = {1: (1, 1), 3: (n, 1), _OWN: (m_padded // b[0], n)}[_kind(b)]
-    data, scale, t_data, t_scale = (
-        torch.empty(size, dtype=kind, device=x.device)
-        for size, kind in zip(sizes, (dtype, torch.float32, dtype, torch.float32), strict=True)
-    )
-    return data, scale, t_data, t_scale
+            of_kind = {"tensor": (1, 1), "column": (n, 1)}
+            sizes[3] = (copies, *(of_kind.get(_kind(b)) or (m_padded // b[0], n)))
+    amaxes = 0
+    if not given:
+        amaxes = m * (_kind(a) == "row") + n * (_kind(b) == "column")
+        amaxes += "tensor" in (_kind(a), _kind(b))
+    return tuple(sizes), m_padded, amaxes
 
 
-@_quantize.register_fake
-def _(
+_sizes = functools.lru_cache(maxsize=1024)(_sizes_of)
+
+
+def _fake_quantize(
     x: torch.Tensor,
-    block: list[int] | None,
-    transposed_block: list[int] | None,
+    block: Sequence[int] | None,
+    transposed_block: Sequence[int] | None,
     float8_dtype: torch.dtype,
     scale_format: str,
     x_scale: torch.Tensor | None,
     new_scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    a, b = _as_block(block), _as_block(transposed_block)
-    return _quantize_outputs(x, a, b, float8_dtype, new_scale is not None)
+    after: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    a = None if block is None else (block[0], block[1])
+    b = None if transposed_block is None else (transposed_block[0], transposed_block[1])
+    sizes, _, _ = _sizes_of(x.size(0), x.size(1), a, b, scale_format, new_scale is not None)
+    dtypes = (float8_dtype, torch.float32, float8_dtype, torch.float32)
+    return tuple(
+        torch.empty(size, dtype=dtype, device=x.device)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    )
 
 
-@custom_op("fp8dist::transpose", mutates_args=())
-def _transpose(x: torch.Tensor) -> torch.Tensor:
+def _transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
     """(M, N) bytes, copied as (N, M)."""
-    (m, n), bm, bn = x.shape, 128, 128
+    m, n = x.shape
     out = torch.empty((n, m), dtype=x.dtype, device=x.device)
-    kernels.transpose_kernel[_grid(m, n, bm, bn)](
-        x, out, m, n, x.stride(0), m, BM=bm, BN=bn, num_warps=8
+    kernels.transpose_kernel[_cdiv(m, 128), _cdiv(n, 128)](
+        x, out, m, n, x.stride(0), m, BM=128, BN=128, num_warps=8
     )
     return out
 
 
-@_transpose.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
+def _fake_transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
     return torch.empty((x.size(1), x.size(0)), dtype=x.dtype, device=x.device)
+
+
+_library.impl("quantize", _quantize, "CUDA")
+_library.impl("transpose", _transpose, "CUDA")
+register_fake("fp8dist::quantize", _fake_quantize, lib=_library)
+register_fake("fp8dist::transpose", _fake_transpose, lib=_library)
 
 
 def quantize_both(
@@ -185,27 +195,30 @@ def quantize_both(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
+    after: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """Twin of `numerics.quantize_both`: one pass for the amaxes, where the blocks are not within
     a tile, and one that casts in both orientations.
+
+    Args:
+        after: see [Note: only in backward].
     """
-    data, scale, t_data, t_scale = _quantize(
-        x,
-        None if block is None else list(block),
-        None if transposed_block is None else list(transposed_block),
-        float8_dtype,
-        scale_format,
-        None,
-        None,
+    data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
+        x, block, transposed_block, float8_dtype, scale_format, None, None, after
     )
     scaled = transposed = None
     if block is not None:
-        scaled = Scaled(data, scale.t() if _kind(block) == _OWN else scale, block)
+        scaled = _scaled(data, scale, block, _kind(block) == "own")
     if transposed_block is not None:
         flipped = (transposed_block[1], transposed_block[0])
-        own = _kind(transposed_block) == _OWN
-        transposed = Scaled(t_data, t_scale.t() if own else t_scale, flipped)
+        transposed = _scaled(t_data, t_scale, flipped, _kind(transposed_block) == "own")
     return scaled, transposed
+
+
+def _scaled(data: torch.Tensor, scales: torch.Tensor, block: Block, by_column: bool) -> Scaled:
+    """What a kernel has written: scales (copies, ...), column by column or as they lie."""
+    scale, *inverse = (part.t() if by_column else part for part in scales.unbind())
+    return Scaled(data, scale, block, *inverse)
 
 
 def rescale_transposed(
@@ -213,48 +226,128 @@ def rescale_transposed(
     block: Block,
     new_scale: torch.Tensor | None,
     scale_format: ScaleFormat,
+    after: torch.Tensor | None = None,
 ) -> Scaled:
-    """Twin of `numerics.rescale_transposed`: one pass."""
+    """Twin of `numerics.rescale_transposed`: one pass.
+
+    Args:
+        after: see [Note: only in backward].
+    """
     flipped = (block[1], block[0])
     if block == weight.block:
-        data = _transpose(weight.data.view(torch.uint8)).view(weight.data.dtype)
-        return Scaled(data, weight.scale.t(), flipped)
-    _, _, data, scale = _quantize(
+        data = torch.ops.fp8dist.transpose.default(weight.data.view(torch.uint8), after)
+        return weight.t()._replace(data=data.view(weight.data.dtype))
+    _, _, data, scales = torch.ops.fp8dist.quantize.default(
         weight.data,
         None,
-        list(block),
+        block,
         weight.data.dtype,
         scale_format,
         weight.scale.contiguous(),
         new_scale,
+        after,
     )
     if new_scale is None:
-        return Scaled(data, scale.t(), flipped)
+        return _scaled(data, scales, flipped, by_column=True)
     return Scaled(data, new_scale.t(), flipped)
 
 
-def cast_into(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    """Twin of `numerics.cast_into`: one pass."""
-    (m, n), bm = x.shape, 64
-    if scale.size(0) not in (1, m) or n % scale.size(1):
-        raise AssertionError(f"scales {tuple(scale.shape)} do not match rows of {tuple(x.shape)}")
-    if scale.numel() == 1:
-        kind, bn = _KINDS[TENSOR], 256
-    elif scale.size(1) == 1:
-        kind, bn = _KINDS[ROW], 256
-    else:
-        kind, bn = _OWN, n // scale.size(1)
-    kernels.cast_kernel[_grid(m, n, bm, bn)](
-        x,
-        scale,
-        out,
-        m,
-        n,
-        x.stride(0),
-        out.stride(0),
-        scale.size(1),
-        KIND=kind,
-        BM=bm,
-        BN=bn,
-        num_warps=8,
-    )
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+    """Twin of `numerics.fill_amaxes`: one launch for all parts alike in dtype and blocks."""
+    for alike in _alike(parts, lambda part: (part.x.dtype, tuple(part.blocks))):
+        x_base, out_base = alike[0].x, alike[0].amaxes[0]
+        entries = []
+        for x, (row_start, _), blocks, amaxes in alike:
+            places = {
+                block: _place(amax, out_base) for block, amax in zip(blocks, amaxes, strict=True)
+            }
+            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base))
+            places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
+            entries.append((*entry, *places_of))
+        bm, bn, steps = 64, 128, 8
+        table, matrices = _table(tuple(entries), bm, bn * steps, x_base.device)
+        blocks = alike[0].blocks
+        kernels.fill_amaxes_kernel[(matrices.size(0),)](
+            x_base,
+            out_base.view(torch.int32),
+            table,
+            matrices,
+            ALIGNED=all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
+            WANT_ROW=ROW in blocks,
+            WANT_COLUMN=COLUMN in blocks,
+            WANT_TENSOR=TENSOR in blocks,
+            WANT_BLOCK=(128, 128) in blocks,
+            BM=bm,
+            BN=bn,
+            STEPS=steps,
+            num_warps=8,
+        )
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """Twin of `numerics.cast_into`: one launch for all parts alike in dtype and block."""
+    for alike in _alike(parts, lambda part: (part.x.dtype, part.out.dtype, part.block)):
+        x_base, scale_base, out_base = alike[0].x, alike[0].scale, alike[0].out
+        block = alike[0].block
+        kind = _KINDS.get(block, "block")
+        bm, bn = 64, 256 if kind != "block" else block[1]
+        entries = []
+        for x, (row_start, column_start), _, scale, out in alike:
+            scale_at = _place(scale, scale_base)
+            if kind == "block":
+                scale_at += column_start // block[1]
+            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
+            entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
+        table, matrices = _table(tuple(entries), bm, bn, x_base.device)
+        kernels.cast_kernel[(matrices.size(0),)](
+            x_base,
+            scale_base,
+            out_base,
+            table,
+            matrices,
+            ALIGNED=all(
+                e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
+            ),
+            KIND=kind,
+            BLOCK_ROWS=block[0] if kind == "block" else 1,
+            BM=bm,
+            BN=bn,
+            num_warps=8,
+        )
+
+
+_Part = TypeVar("_Part")
+
+
+def _alike(parts: Sequence[_Part], key: Callable[[_Part], Any]) -> Iterable[list[_Part]]:
+    groups: dict[Any, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(key(part), []).append(part)
+    return groups.values()
+
+
+def _place(x: torch.Tensor, base: torch.Tensor) -> int:
+    """Where x begins, in elements from where base does."""
+    return (x.data_ptr() - base.data_ptr()) // x.element_size()
+
+
+@functools.lru_cache(maxsize=256)
+def _table(
+    entries: tuple[tuple[int, ...], ...], bm: int, bn: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table of [Note: many matrices in one launch] in `triton_kernels`, and `matrix_ptr`.
+
+    Places and sizes stay the same from step to step, so that it is made once.
+
+    Args:
+        entries: per matrix: M, N, stride, the row at which it starts, and places.
+        bm, bn: what a program takes.
+    """
+    tiles = [_cdiv(entry[0], bm) * _cdiv(entry[1], bn) for entry in entries]
+    rows, first = [], 0
+    for entry, count in zip(entries, tiles, strict=True):
+        rows.append((*entry[:4], first, *entry[4:]))
+        first += count
+    matrices = torch.repeat_interleave(torch.tensor(tiles)).int()
+    table = torch.tensor(rows).pin_memory().to(device, non_blocking=True)
+    return table, matrices.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fp8dist import numerics
+from fp8dist.config import Block
+from fp8dist.numerics import Scaled
 
 aten = torch.ops.aten
 
@@ -24,49 +26,61 @@ class Float8Tensor(torch.Tensor):
     Args:
         data: (N, K), float8; or packed, (N, K + K / 32), uint8: each row's data followed by
             its e8m0 scales.
-        scale: one per block of data, see [Note: blocks]: float32, or uint8 for e8m0; None if
-            packed.
+        scales: (2, ...), float32: one per block of data, see [Note: blocks], and their reciprocals;
+            or (1, ...), e8m0, uint8; None if packed.
         size: (N, K).
         dtype: the high-precision dtype it stands for, which its gradients have.
-        scale_for_grad_input: the scales of the recipe's `weight_for_grad_input`, where they
-            are not the same as `scale` and come from the high-precision weight.
+        scales_for_grad_input: (2, ...), those of the recipe's `weight_for_grad_input`, where they
+            are not the same as `scales` and come from the high-precision weight.
     """
 
     _data: torch.Tensor
-    _scale: torch.Tensor | None
-    _scale_for_grad_input: torch.Tensor | None
+    _scales: torch.Tensor | None
+    _scales_for_grad_input: torch.Tensor | None
 
     @staticmethod
     def __new__(
         cls,
         data: torch.Tensor,
-        scale: torch.Tensor | None,
+        scales: torch.Tensor | None,
         size: torch.Size,
         dtype: torch.dtype,
-        scale_for_grad_input: torch.Tensor | None = None,
+        scales_for_grad_input: torch.Tensor | None = None,
     ) -> "Float8Tensor":
         self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=data.device)
         self._data = data
-        self._scale = scale
-        self._scale_for_grad_input = scale_for_grad_input
+        self._scales = scales
+        self._scales_for_grad_input = scales_for_grad_input
         return self
 
-    def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(data, scale): (N, K) float8 and float32."""
-        if self._scale is None:
+    def unpack(self, block: Block) -> Scaled:
+        """Data (N, K), float8, and its scales, float32.
+
+        Args:
+            block: the elements of data that share a scale.
+        """
+        data, scale, *inverse = self._unpacked()
+        return Scaled(data, scale, block, *inverse)
+
+    def _unpacked(self) -> tuple[torch.Tensor, ...]:
+        data, scales = self._data, self._scales
+        if scales is None:
             columns = self.size(1)
-            data = self._data[:, :columns].view(torch.float8_e4m3fn)
-            return data, numerics.exponent_to_scale(self._data[:, columns:])
-        if self._scale.dtype == torch.uint8:
-            return self._data, numerics.exponent_to_scale(self._scale)
-        return self._data, self._scale
+            exponents = data[:, columns:]
+            return data[:, :columns].view(torch.float8_e4m3fn), numerics.exponent_to_scale(
+                exponents
+            )
+        if scales.dtype == torch.uint8:
+            return data, numerics.exponent_to_scale(scales[0])
+        return data, *scales.unbind()
 
     def dequantize(self) -> torch.Tensor:
         """The value: (N, K), `dtype`."""
-        return numerics.dequantize(*self.unpack()).to(self.dtype)
+        data, scale, *_ = self._unpacked()
+        return numerics.dequantize(data, scale).to(self.dtype)
 
     def _with_data(self, data: torch.Tensor) -> "Float8Tensor":
-        return Float8Tensor(data, self._scale, self.shape, self.dtype, self._scale_for_grad_input)
+        return Float8Tensor(data, self._scales, self.shape, self.dtype, self._scales_for_grad_input)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -96,7 +110,7 @@ class Float8Tensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
-        names = ["_data", "_scale", "_scale_for_grad_input"]
+        names = ["_data", "_scales", "_scales_for_grad_input"]
         return [name for name in names if getattr(self, name) is not None], (self.dtype,)
 
     @staticmethod
@@ -108,10 +122,10 @@ class Float8Tensor(torch.Tensor):
     ) -> "Float8Tensor":
         return Float8Tensor(
             inner["_data"],
-            inner.get("_scale"),
+            inner.get("_scales"),
             outer_size,
             meta[0],
-            inner.get("_scale_for_grad_input"),
+            inner.get("_scales_for_grad_input"),
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

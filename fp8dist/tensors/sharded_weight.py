@@ -203,21 +203,22 @@ class Float8ShardedWeight(torch.Tensor):
         """
         (payload,) = all_gather_outputs
         scales, size = metadata
-        scale = scales[0] if scales else None
-        scale_for_grad_input = scales[1] if len(scales) > 1 else None
+        own_scales = scales[0] if scales else None
+        scales_for_grad_input = scales[1] if len(scales) > 1 else None
         if out is not None:
             unsharded = out._local_tensor if isinstance(out, DTensor) else out
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
-            unsharded._scale, unsharded._scale_for_grad_input = scale, scale_for_grad_input
+            unsharded._scales = own_scales
+            unsharded._scales_for_grad_input = scales_for_grad_input
             return None
         # Ranks pad their rows at the end, and dim 1 has been put together: the weight's rows are
         # contiguous.
-        if scale is None:
+        if own_scales is None:
             data = payload.view(size[0], -1)  # packed
         else:
             data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
-        weight = Float8Tensor(data, scale, size, param_dtype, scale_for_grad_input)
+        weight = Float8Tensor(data, own_scales, size, param_dtype, scales_for_grad_input)
         return weight, (payload,)
 
 

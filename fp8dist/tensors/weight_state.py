@@ -3,7 +3,7 @@
 import bisect
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,8 +117,10 @@ class WeightState:
         self.seen: Seen | None = None
         # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
         # them, and the compiler mishandled views at an offset (pytorch#155690). The first is for
-        # casting; None if there are no scales yet. e8m0 is kept as uint8.
+        # casting; None if there are no scales yet. (2, ...), float32: scales and reciprocals; or
+        # (1, ...), e8m0, uint8.
         self.scales: list[torch.Tensor] | None = None
+        self.shard: tuple[DTensor, precompute.Shard] | None = None  # see `shard_now`
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
         self.finite: _Finite | None = None
@@ -126,18 +128,12 @@ class WeightState:
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
 
-    def set_scales(self, scales: list[torch.Tensor], param: DTensor) -> None:
-        """Take over new scales, for the parameter as it is now."""
-        if self.scales is None or any(
-            mine.device != new.device for mine, new in zip(self.scales, scales, strict=True)
-        ):
-            self.scales = [scale.clone(memory_format=torch.contiguous_format) for scale in scales]
-        elif scales:
-            # What an earlier forward saved for backward is not used any more.
-            with torch.autograd._unsafe_preserve_version_counter(tuple(self.scales)):
-                torch._foreach_copy_(self.scales, scales)
-        self.seen = Seen.now(param)
-        self.payload_is_current = False
+    def shard_now(self, param: DTensor) -> precompute.Shard:
+        """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""
+        data = local_shard(param)._tensor
+        if self.shard is None or self.shard[0] is not param or self.shard[1].data is not data:
+            self.shard = param, shard_of(param, self.config.recipe)
+        return self.shard[1]
 
     def current_payload(self, data: torch.Tensor, param: DTensor) -> torch.Tensor:
         """The bytes this rank contributes, cast if the cached ones are not current.
@@ -150,27 +146,13 @@ class WeightState:
             uint8, of the size of the largest shard, rank 0's, with zeros after the shard's rows;
             packed, a row has its e8m0 scales after its elements.
         """
-        if self.scales is None:
-            raise AssertionError(f"{self.fqn}: no scales to cast the payload with")
-        payload = self.payload
-        if payload is not None and self.payload_is_current:
+        if self.payload is None or not self.payload_is_current:
+            shard = self.shard_now(param)
+            if shard.data is not data:
+                shard = replace(shard, data=data)
+            (payload,) = cast_payloads([self], [shard])
             return payload
-        shard = shard_of(param, self.config.recipe, data)
-        padded_rows, _ = padded_shard_size(param)
-        size = (padded_rows, precompute.payload_columns(shard))
-        if payload is None or payload.shape != size or payload.device != data.device:
-            payload = torch.zeros(size, dtype=torch.uint8, device=data.device)
-        scale = self.scales[0] if self.scales else None
-        if scale is not None and scale.dtype == torch.uint8:
-            scale = numerics.exponent_to_scale(scale)
-        precompute.cast_payload(shard, scale, payload)
-        if self.config.recipe.scale_format == "e8m0":
-            self._report_bad_exponents(
-                payload[:, data.size(1) :] if shard.packed else self.scales[0]
-            )
-        if self.config.cache_payload:
-            self.payload, self.payload_is_current = payload, True
-        return payload
+        return self.payload
 
     def _report_bad_exponents(self, exponents: torch.Tensor) -> None:
         """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
@@ -238,16 +220,63 @@ def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -
 
 def update_scales(states: list[WeightState], params: list[DTensor]) -> None:
     """Compute the scales of parameters sharded over one group: one all-reduce for all."""
-    shards = [
-        shard_of(param, state.config.recipe) for state, param in zip(states, params, strict=True)
-    ]
+    shards = [state.shard_now(param) for state, param in zip(states, params, strict=True)]
     device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
     scales, amaxes, ends = precompute.compute_scales(shards, shard_group(params[0]), device)
-    for state, of_weight, param in zip(states, scales, params, strict=True):
-        state.set_scales(of_weight, param)
+    _take_scales(states, scales)
+    for state, param in zip(states, params, strict=True):
+        state.seen = Seen.now(param)
+        state.payload_is_current = False
     _report_non_finite(states, amaxes, ends)
+
+
+def _take_scales(states: list[WeightState], scales: list[list[tuple[torch.Tensor, ...]]]) -> None:
+    """Copy what `precompute.compute_scales` gives for each weight to the weight's own storage."""
+    by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for state, new in zip(states, scales, strict=True):
+        if state.scales is None or any(
+            mine.device != of_block[0].device
+            for mine, of_block in zip(state.scales, new, strict=True)
+        ):
+            state.scales = [
+                of_block[0].new_empty(len(of_block), *of_block[0].shape) for of_block in new
+            ]
+        for mine, of_block in zip(state.scales, new, strict=True):
+            targets, sources = by_dtype.setdefault(mine.dtype, ([], []))
+            targets += mine.unbind()
+            sources += of_block
+    for targets, sources in by_dtype.values():
+        # What an earlier forward saved for backward is not used any more.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(targets)):
+            torch._foreach_copy_(targets, sources)
+
+
+def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> list[torch.Tensor]:
+    """Cast the payloads of shards, into those that their states keep if they do."""
+    payloads, scales = [], []
+    for state, shard in zip(states, shards, strict=True):
+        if state.scales is None:
+            raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
+        size, device = (shard.largest[0], precompute.payload_columns(shard)), shard.data.device
+        payload = state.payload
+        if payload is None or payload.shape != size or payload.device != device:
+            payload = torch.zeros(size, dtype=torch.uint8, device=device)
+        payloads.append(payload)
+        scale = state.scales[0][0] if state.scales else None
+        if scale is not None and scale.dtype == torch.uint8:
+            scale = numerics.exponent_to_scale(scale)
+        scales.append(scale)
+    precompute.cast_payloads(shards, scales, payloads)
+    for state, shard, payload in zip(states, shards, payloads, strict=True):
+        if shard.packed:
+            state._report_bad_exponents(payload[:, shard.data.size(1) :])
+        elif shard.recipe.scale_format == "e8m0" and state.scales:
+            state._report_bad_exponents(state.scales[0])
+        if state.config.cache_payload:
+            state.payload, state.payload_is_current = payload, True
+    return payloads
 
 
 class _Finite:

@@ -95,12 +95,12 @@ def unshard(linear: nn.Linear, mesh: tuple[int, ...], recipe: str, case: Case) -
 
 
 def read(linear: nn.Linear) -> Any:
-    data, scales = linear.weight.unpack()
-    backward = linear.weight._scale_for_grad_input
+    data, scales, *_ = linear.weight.unpack(linear.config.recipe.weight)
+    backward = linear.weight._scales_for_grad_input
     return (
         data.contiguous().view(torch.uint8).cpu().clone(),
         scales.cpu().clone(),
-        None if backward is None else backward.cpu().clone(),
+        None if backward is None else backward[0].cpu().clone(),
     )
 
 

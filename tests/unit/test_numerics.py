@@ -129,7 +129,7 @@ def test_quantize_is_bitwise_torchaos(
         x, float8_dtype, round_scales_to_power_of_2=scale_format == "power_of_2"
     )
     expected = hp_tensor_and_scale_to_float8(x, expected_scale, float8_dtype)._data
-    data, scale, block = numerics.quantize(x, TENSOR, float8_dtype, scale_format)
+    data, scale, block, _ = numerics.quantize(x, TENSOR, float8_dtype, scale_format)
     assert block == TENSOR
     assert scale.shape == (1, 1)
     assert same(scale.view(()), expected_scale)
@@ -139,7 +139,7 @@ def test_quantize_is_bitwise_torchaos(
 @pytest.mark.parametrize("name", BLOCKS)
 def test_quantize_treats_every_block_as_a_tensor(name: str) -> None:
     x = tensor_of("wide", torch.float32, (M, N))
-    data, scale, _ = numerics.quantize(x, BLOCKS[name], torch.float8_e4m3fn, "exact")
+    data, scale, *_ = numerics.quantize(x, BLOCKS[name], torch.float8_e4m3fn, "exact")
     for i, row in enumerate(blocks_of((M, N), BLOCKS[name])):
         for j, index in enumerate(row):
             expected_scale = tensor_to_scale(x[index], torch.float8_e4m3fn)
@@ -304,7 +304,7 @@ def test_cast_keeps_nan_and_saturates_infinity() -> None:
 
 @pytest.mark.parametrize("float8_dtype", FLOAT8_DTYPES)
 def test_quantize_of_no_elements(float8_dtype: torch.dtype) -> None:
-    data, scale, _ = numerics.quantize(torch.empty(0, 64), TENSOR, float8_dtype, "exact")
+    data, scale, *_ = numerics.quantize(torch.empty(0, 64), TENSOR, float8_dtype, "exact")
     assert data.shape == (0, 64)
     assert data.dtype == float8_dtype
     assert scale.shape == (1, 1)
@@ -345,7 +345,7 @@ def test_round_trip_is_within_half_a_unit_in_the_last_place(
     float8_dtype: torch.dtype, mantissa_bits: int
 ) -> None:
     x = tensor_of("normal", torch.float32, (256, 256))
-    data, scale, _ = numerics.quantize(x, TENSOR, float8_dtype, "exact")
+    data, scale, *_ = numerics.quantize(x, TENSOR, float8_dtype, "exact")
     error = (numerics.dequantize(data, scale) - x).abs()
     # Half a unit is 2^-(mantissa_bits + 1) of the value; below the format's smallest normal number
     # it is half of the smallest subnormal. The factor covers scaling in float32, there and back.

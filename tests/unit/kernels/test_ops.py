@@ -16,6 +16,8 @@ def assert_same(got: Scaled | None, want: Scaled | None) -> None:
     if got is not None and want is not None:
         assert got.block == want.block
         assert_same_bytes(got.scale, want.scale)
+        if got.inverse is not None:
+            assert_same_bytes(got.inverse, 1 / want.scale)
         assert_same_bytes(got.data, want.data)
 
 

@@ -20,13 +20,17 @@ def hp_weight() -> torch.Tensor:
 def float8_weight(dtype: torch.dtype = torch.float32) -> Float8Tensor:
     scale = 448 / hp_weight().abs().max().view(1, 1)
     data = (hp_weight() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return Float8Tensor(data, scale, torch.Size((N, K)), dtype)
+    return Float8Tensor(data, with_inverse(scale), torch.Size((N, K)), dtype)
+
+
+def with_inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.stack([scale, scale.reciprocal()])
 
 
 def value(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """What it stands for: data / scale, rounded once to float32 and once to dtype."""
     weight = float8_weight()
-    return (weight._data.double() / weight._scale.double()).float().to(dtype)
+    return (weight._data.double() / weight._scales[0].double()).float().to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,7 +54,8 @@ def test_dequantize_is_the_value(dtype: torch.dtype) -> None:
 
 def test_dequantize_is_torchaos() -> None:
     theirs = hp_tensor_to_float8_dynamic(hp_weight(), torch.float8_e4m3fn, LinearMMConfig())
-    ours = Float8Tensor(theirs._data, theirs._scale.view(1, 1), theirs.shape, torch.float32)
+    scales = with_inverse(theirs._scale.view(1, 1))
+    ours = Float8Tensor(theirs._data, scales, theirs.shape, torch.float32)
     assert torch.equal(ours.dequantize(), theirs.to_original_precision())
 
 
@@ -59,7 +64,8 @@ def test_scales_of_blocks_are_spread_over_them(block: tuple[int, int]) -> None:
     scale = torch.rand(N // block[0], K // block[1]) + 0.5
     data = float8_weight()._data
     spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    found = Float8Tensor(data, scale, torch.Size((N, K)), torch.float32).dequantize()
+    weight = Float8Tensor(data, with_inverse(scale), torch.Size((N, K)), torch.float32)
+    found = weight.dequantize()
     assert torch.equal(found, (data.double() / spread.double()).float())
 
 
@@ -113,7 +119,7 @@ def test_passing_it_along_keeps_the_float8_data(
     found = same(weight)
     assert isinstance(found, Float8Tensor)
     assert found.dtype == torch.bfloat16
-    assert found._scale is weight._scale
+    assert found._scales is weight._scales
     assert found._data.data_ptr() == weight._data.data_ptr()
     assert torch.equal(found.dequantize(), value(torch.bfloat16))
 
@@ -167,11 +173,11 @@ def test_flatten_and_unflatten() -> None:
     names, meta = weight.__tensor_flatten__()
     assert hash(meta) == hash(weight.__tensor_flatten__()[1]), "compiled code is keyed by it"
     inner = {name: getattr(weight, name) for name in names}
-    assert set(inner) == {"_data", "_scale"}
+    assert set(inner) == {"_data", "_scales"}
     again = Float8Tensor.__tensor_unflatten__(inner, meta, weight.shape, weight.stride())
     assert again.dtype == torch.bfloat16
     assert again._data is weight._data
-    assert again._scale is weight._scale
+    assert again._scales is weight._scales
 
 
 def test_repr() -> None:
