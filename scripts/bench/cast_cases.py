@@ -1,0 +1,241 @@
+"""What the recipes ask of the kernels, each ready to be called and to be checked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from harness import DEVICE, check_same_bytes
+
+from fp8dist import kernels, numerics
+from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, WHOLE, Block, Recipe, ScaleFormat
+from fp8dist.numerics import AmaxPart, CastPart, Scaled
+from fp8dist.precompute import scales_size
+
+BLOCK_NAMES = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does to a matrix, whichever recipe asks for it."""
+
+    kind: str  # amax, cast, quantize (amax and cast; one orientation or both), rescale
+    blocks: tuple[Block | None, ...]
+    dtype: torch.dtype  # of the matrix
+    float8_dtype: torch.dtype
+    scale_format: ScaleFormat
+
+    @property
+    def name(self) -> str:
+        blocks = ", ".join(
+            BLOCK_NAMES.get(block) or f"{block[0]}x{block[1]}" for block in self.blocks if block
+        )
+        if self.kind == "amax":
+            return f"amax ({blocks}) of {DTYPE_NAMES[self.dtype]}"
+        if self.kind == "rescale":
+            moved = "" if self.is_transpose else " + shift"
+            return f"transpose{moved} ({blocks.replace(', ', ' to ')})"
+        both = "amax and cast, two orientations" if None not in self.blocks else "amax and cast"
+        what = "cast" if self.kind == "cast" else both
+        return f"{what} ({blocks}) of {DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
+
+    @property
+    def is_transpose(self) -> bool:
+        return self.kind == "rescale" and self.blocks[0] == self.blocks[1]
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether all of a row, a column or the matrix must be read before it can be cast."""
+        return self.kind == "quantize" and any(block and WHOLE in block for block in self.blocks)
+
+
+def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
+    """What a recipe asks of the kernels, and of which operand."""
+    works: list[tuple[Work, str]] = []
+    mx = recipe.scale_format == "e8m0"
+    weight_blocks = (recipe.weight, recipe.weight_for_grad_input)
+    for dtype in (torch.float32, torch.bfloat16):
+        common = (dtype, recipe.weight_dtype, recipe.scale_format)
+        if mx:
+            works.append((Work("quantize", (recipe.weight, None), *common), "weight"))
+        else:
+            works.append((Work("amax", tuple(dict.fromkeys(weight_blocks)), *common), "weight"))
+            works.append((Work("cast", (recipe.weight,), *common), "weight"))
+    for operand, blocks, float8_dtype in (
+        ("input", (recipe.input, recipe.input_for_grad_weight), recipe.input_dtype),
+        (
+            "grad_output",
+            (recipe.grad_output, recipe.grad_output_for_grad_weight),
+            recipe.grad_output_dtype,
+        ),
+    ):
+        work = Work("quantize", blocks, torch.bfloat16, float8_dtype, recipe.scale_format)
+        works.append((work, operand))
+    float8 = recipe.weight_dtype
+    works.append((Work("rescale", weight_blocks, float8, float8, recipe.scale_format), "weight"))
+    return works
+
+
+def all_works(recipes: Sequence[str]) -> dict[Work, str]:
+    """Everything that recipes ask for, each once, with the operands it is for."""
+    found: dict[Work, dict[str, list[str]]] = {}
+    for name in recipes:
+        for work, operand in works_of(RECIPES[name]):
+            found.setdefault(work, {}).setdefault(name, []).append(operand)
+    return {
+        work: "; ".join(f"{name}: {', '.join(operands)}" for name, operands in by_recipe.items())
+        for work, by_recipe in found.items()
+    }
+
+
+class Case(NamedTuple):
+    """Work on matrices of one shape: to be called, to be checked, and what it moves."""
+
+    call: Callable[[], object]
+    check: Callable[[], None]
+    reads: int
+    writes: int
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Elements of many magnitudes, so that scales of rows, columns and blocks differ."""
+    spread = torch.randn(rows, 1, device=DEVICE).exp() * torch.randn(columns, device=DEVICE).exp()
+    return (0.02 * torch.randn(rows, columns, device=DEVICE) * spread).to(dtype)
+
+
+def scale_of(x: torch.Tensor, block: Block, work: Work) -> torch.Tensor:
+    amax = numerics.amax(x, block).float()
+    return numerics.amax_to_scale(amax, work.float8_dtype, work.scale_format)
+
+
+def amax_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
+    blocks = [block for block in work.blocks if block is not None]
+    m, n = matrices[0].shape
+
+    def parts() -> list[AmaxPart]:
+        sizes = [scales_size((m, n), block) for block in blocks]
+        return [
+            AmaxPart(x, (0, 0), blocks, [torch.zeros(size, device=DEVICE) for size in sizes])
+            for x in matrices
+        ]
+
+    found = parts()
+
+    def check() -> None:
+        expected = parts()
+        kernels.fill_amaxes(found)
+        numerics.fill_amaxes(expected)
+        for a, b in zip(found, expected, strict=True):
+            check_all_bytes(a.amaxes, b.amaxes, "amaxes")
+
+    writes = sum(amaxes.nbytes for part in found for amaxes in part.amaxes)
+    reads = sum(x.nbytes for x in matrices)
+    return Case(lambda: kernels.fill_amaxes(found), check, reads, writes)
+
+
+def cast_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
+    (block,) = work.blocks
+    if block is None:
+        raise AssertionError("a cast has a block")
+
+    def parts() -> list[CastPart]:
+        return [
+            CastPart(
+                x,
+                (0, 0),
+                block,
+                scale_of(x, block, work),
+                torch.empty(x.shape, dtype=work.float8_dtype, device=DEVICE),
+            )
+            for x in matrices
+        ]
+
+    found = parts()
+
+    def check() -> None:
+        expected = parts()
+        kernels.cast_into(found)
+        numerics.cast_into(expected)
+        for a, b in zip(found, expected, strict=True):
+            check_same_bytes(a.out, b.out, "float8 data")
+
+    reads = sum(part.x.nbytes + part.scale.nbytes for part in found)
+    return Case(lambda: kernels.cast_into(found), check, reads, sum(p.out.nbytes for p in found))
+
+
+def quantize_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
+    (x,), (block, transposed_block) = matrices, work.blocks
+
+    def quantized(implementation: Any) -> tuple[Scaled | None, Scaled | None]:
+        return implementation.quantize_both(
+            x, block, transposed_block, work.float8_dtype, work.scale_format
+        )
+
+    operands = [scaled for scaled in quantized(numerics) if scaled is not None]
+    writes = sum(scaled.data.nbytes + scaled.scale.nbytes for scaled in operands)
+    del operands  # several times as large as the matrix
+
+    def check() -> None:
+        results = (quantized(kernels), quantized(numerics))
+        for name, a, b in zip(("operand", "transposed operand"), *results, strict=True):
+            if a is not None and b is not None:
+                check_all_bytes([a.data, a.scale], [b.data, b.scale], name)
+
+    reads = x.nbytes * (2 if work.reads_twice else 1)
+    return Case(lambda: quantized(kernels), check, reads, writes)
+
+
+def rescale_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
+    first, second = work.blocks
+    if first is None or second is None:
+        raise AssertionError("a weight has a block for either matmul")
+    w = matrices[0].float()
+    scale = scale_of(w, first, work)
+    gathered = Scaled(numerics.cast(w, scale, work.float8_dtype), scale, first)
+    known = not work.is_transpose and work.scale_format != "e8m0"
+    new_scale = scale_of(w, second, work) if known else None
+
+    def rescaled(implementation: Any) -> Scaled:
+        return implementation.rescale_transposed(gathered, second, new_scale, work.scale_format)
+
+    def check() -> None:
+        found, expected = rescaled(kernels), rescaled(numerics)
+        check_all_bytes(
+            [found.data, found.scale], [expected.data, expected.scale], "transposed weight"
+        )
+
+    # A transpose leaves the scales alone.
+    scales = 0 if work.is_transpose else scale.nbytes
+    return Case(
+        lambda: rescaled(kernels),
+        check,
+        gathered.data.nbytes + scales,
+        gathered.data.nbytes,
+    )
+
+
+def check_all_bytes(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], what: str
+) -> None:
+    for a, b in zip(found, expected, strict=True):
+        check_same_bytes(a, b, what)
+
+
+_CASES = {
+    "amax": amax_case,
+    "cast": cast_case,
+    "quantize": quantize_case,
+    "rescale": rescale_case,
+}
+
+
+def case_of(work: Work, shape: tuple[int, int], count: int) -> Case:
+    """Work on `count` matrices of a shape; more than one for "amax" and "cast" only."""
+    dtype = torch.float32 if work.kind == "rescale" else work.dtype
+    return _CASES[work.kind](work, [matrix(*shape, dtype) for _ in range(count)])

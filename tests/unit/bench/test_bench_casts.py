@@ -1,0 +1,111 @@
+"""The casts' benchmark runs on any machine, and times nothing that is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8dist import numerics
+from fp8dist.config import RECIPES
+from tests.unit.bench.program import load_program
+
+bench_casts = load_program("bench_casts")
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        bench_casts.main(arguments)
+    return ended.value.code
+
+
+def test_times_what_every_recipe_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_casts, "MANY", 3 * 128 * 256)
+    saved = tmp_path / "casts.json"
+    assert run("--shapes=128x256,256x128", f"--json={saved}") == 0
+    report = json.loads(saved.read_text())
+    printed = capsys.readouterr().out
+    for recipe in RECIPES:
+        rows = [row for row in report["rows"] if f"{recipe}:" in row["operands"]]
+        for shape in ("128x256", "256x128"):
+            named = {row["what"].split(" (")[0] for row in rows if row["shape"] == shape}
+            # MXFP8's scales are found within the pass that casts.
+            expected = {"amax and cast"} if "mx" in recipe else {"amax", "cast"}
+            same_blocks = recipe in ("tensorwise", "blockwise")
+            expected |= {"transpose" if same_blocks else "transpose + shift"}
+            assert expected <= named
+        assert any("grad_output" in row["operands"] for row in rows)
+        assert any(row["shape"] == "3 of 128x256" for row in rows) == ("mx" not in recipe)
+    for row in report["rows"]:
+        seconds = row["microseconds"] / 1e6
+        assert row["tb_per_second"] == pytest.approx(row["megabytes"] / 1e6 / seconds)
+        at_bandwidth = row["megabytes"] * 1e6 / report["copy_bytes"] * report["copy_seconds"]
+        assert row["times_bandwidth"] == pytest.approx(seconds / at_bandwidth)
+        assert row["limit"] == (1.6 if row["what"].startswith("transpose (") else 1.3)
+        assert row["too_slow"] == (row["times_copy"] > row["limit"])
+    assert printed.count(" !") == sum(row["too_slow"] for row in report["rows"])
+
+
+def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
+    saved = tmp_path / "casts.json"
+    run("--shapes=128x256", f"--json={saved}", "--recipes=tensorwise,rowwise")
+    report = json.loads(saved.read_text())
+    rows = {row["what"]: row["megabytes"] for row in report["rows"] if row["shape"] == "128x256"}
+    numbers = 128 * 256 / 1e6
+    row, column = 128 * 4 / 1e6, 256 * 4 / 1e6
+    one = 4 / 1e6
+    expected = {
+        "amax (tensor) of float32": 4 * numbers + one,
+        "amax (row, column) of bfloat16": 2 * numbers + row + column,
+        "cast (row) of float32 to e4m3": 5 * numbers + row,
+        # Read twice, written in both orientations, each with its scales.
+        "amax and cast, two orientations (row, column) of bfloat16 to e4m3": (
+            6 * numbers + row + column
+        ),
+        "transpose (tensor to tensor)": 2 * numbers,
+        "transpose + shift (row to column)": 2 * numbers + row,
+    }
+    assert {what: rows[what] for what in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["fill_amaxes", "cast_into", "quantize_both", "rescale_transposed"]
+)
+def test_what_is_wrong_is_not_timed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = getattr(numerics, name)
+
+    def flip(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        x.view(torch.uint8)[-1, -1] ^= 1
+        return x
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        if name == "fill_amaxes":
+            found = arguments[0][-1].amaxes[-1]
+        if name == "cast_into":
+            found = arguments[0][-1].out
+        if isinstance(found, torch.Tensor):
+            return found.copy_(flip(found))
+        if isinstance(found, numerics.Scaled):
+            return found._replace(data=flip(found.data))
+        return found[0]._replace(data=flip(found[0].data)), found[1]
+
+    monkeypatch.setattr(load_program("cast_cases").kernels, name, wrong)
+    assert run("--shapes=128x128", "--recipes=rowwise") == 1
+    lines = capsys.readouterr().out.splitlines()
+    wrong_lines = [line for line in lines if "is wrong and not timed" in line]
+    assert wrong_lines
+    assert all("1 of " in line for line in wrong_lines)
+    for line in wrong_lines:
+        assert not any(other.startswith(f"| {line.split(', rowwise')[0]} |") for other in lines)
+
+
+def test_refuses_shapes_that_blocks_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--shapes=128x100") == 2
+    assert "multiples of 128" in capsys.readouterr().err
