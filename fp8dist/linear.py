@@ -41,11 +41,11 @@ def _weight_for_grad_input(
     block = recipe.weight_for_grad_input
     if isinstance(weight, Float8Tensor):
         arrived, scales = weight.unpack(recipe.weight), weight._scales_for_grad_input
-        new_scale = None if scales is None else scales[0]
+        new_scale = None if scales is None else scales[1]
         derived = kernels.rescale_transposed(
             arrived, block, new_scale, recipe.scale_format, grad_output
         )
-        return derived if scales is None else derived._replace(inverse=scales[1].t())
+        return derived if scales is None else derived._replace(inverse=scales[0].t())
     _, transposed = kernels.quantize_both(
         _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
     )

@@ -149,10 +149,16 @@ def cast(x: torch.Tensor, scale: torch.Tensor, float8_dtype: torch.dtype) -> tor
     return scaled.clamp(-float8_max, float8_max).to(float8_dtype)
 
 
+# [Note: reciprocals]
+# Hardware multiplies by the reciprocals of scales. They are computed with the scales and kept
+# beside them in one (2, ...) tensor: first the reciprocals, as cuBLAS wants them at a multiple of
+# 16 bytes, then the scales.
+
+
 class Scaled(NamedTuple):
     """A quantized matrix: float8 data, its float32 scales, and the block they are for.
 
-    `inverse` is 1 / scale, which a float8 matmul multiplies by, where it is there already.
+    `inverse` is 1 / scale where it is there already; see [Note: reciprocals].
     """
 
     data: torch.Tensor

@@ -94,7 +94,7 @@ def compute_scales(
         device: where the collective runs.
 
     Returns:
-        scales: for each weight, per `reduced_blocks` the scales and their reciprocals, float32,
+        scales: for each weight, per `reduced_blocks` the reciprocals and the scales, float32,
             of `scales_size`, views of two buffers; or (exponents,), uint8, (N, K / 32); nothing if
             it is packed.
         amaxes: 1-D, float32: all amaxes of the full weights.
@@ -191,7 +191,7 @@ def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
 def _scales(
     flat: torch.Tensor, regions: list[tuple[Shard, Block]], sizes: list[Size]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Amaxes as scales and their reciprocals: in one go where all weights have one format."""
+    """Amaxes as reciprocals and scales: in one go where all weights have one format."""
     formats = {(shard.recipe.weight_dtype, shard.recipe.scale_format) for shard, _ in regions}
     if len(formats) == 1:
         ((dtype, scale_format),) = formats
@@ -203,8 +203,8 @@ def _scales(
         ):
             recipe = shard.recipe
             out.copy_(numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format))
-    pairs = zip(_split(scale, sizes), _split(scale.reciprocal(), sizes), sizes, strict=True)
-    return [(part.view(size), inverse.view(size)) for part, inverse, size in pairs]
+    pairs = zip(_split(scale.reciprocal(), sizes), _split(scale, sizes), sizes, strict=True)
+    return [(inverse.view(size), part.view(size)) for inverse, part, size in pairs]
 
 
 def payload_columns(shard: Shard) -> int:

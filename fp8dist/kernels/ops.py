@@ -124,7 +124,7 @@ def _sizes_of(
 ) -> tuple[_Sizes, int, int]:
     """The sizes of what `_quantize` returns, m padded, and how many amaxes it needs.
 
-    Scales come as (2, ...): themselves and their reciprocals; e8m0 as (1, ...).
+    Scales come as (2, ...), see [Note: reciprocals]; e8m0 as (1, ...).
     """
     sizes: list[tuple[int, ...]] = [(0, 0)] * 4
     copies = 1 if scale_format == "e8m0" else 2
@@ -217,7 +217,7 @@ def quantize_both(
 
 def _scaled(data: torch.Tensor, scales: torch.Tensor, block: Block, by_column: bool) -> Scaled:
     """What a kernel has written: scales (copies, ...), column by column or as they lie."""
-    scale, *inverse = (part.t() if by_column else part for part in scales.unbind())
+    *inverse, scale = (part.t() if by_column else part for part in scales.unbind())
     return Scaled(data, scale, block, *inverse)
 
 

@@ -72,12 +72,11 @@ def amax_kernel(
 
 @triton.jit
 def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
-    """Write scales and, `count` further on, their reciprocals, which the hardware multiplies by;
-    e8m0 has none.
-    """
-    tl.store(scale_ptr + index, scale, mask=mask)
+    """Write `count` reciprocals of scales and after them the scales; e8m0 has the latter only."""
     if FORMAT != "e8m0":
-        tl.store(scale_ptr + count + index, tl.div_rn(1.0, scale), mask=mask)
+        tl.store(scale_ptr + index, tl.div_rn(1.0, scale), mask=mask)
+        scale_ptr += count
+    tl.store(scale_ptr + index, scale, mask=mask)
 
 
 @triton.jit

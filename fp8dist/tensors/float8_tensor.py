@@ -26,7 +26,7 @@ class Float8Tensor(torch.Tensor):
     Args:
         data: (N, K), float8; or packed, (N, K + K / 32), uint8: each row's data followed by
             its e8m0 scales.
-        scales: (2, ...), float32: one per block of data, see [Note: blocks], and their reciprocals;
+        scales: (2, ...), float32, for blocks of data: see [Note: blocks] and [Note: reciprocals];
             or (1, ...), e8m0, uint8; None if packed.
         size: (N, K).
         dtype: the high-precision dtype it stands for, which its gradients have.
@@ -72,7 +72,8 @@ class Float8Tensor(torch.Tensor):
             )
         if scales.dtype == torch.uint8:
             return data, numerics.exponent_to_scale(scales[0])
-        return data, *scales.unbind()
+        inverse, scale = scales.unbind()
+        return data, scale, inverse
 
     def dequantize(self) -> torch.Tensor:
         """The value: (N, K), `dtype`."""

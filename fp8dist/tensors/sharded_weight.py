@@ -1,6 +1,7 @@
 """`Float8ShardedWeight`: the high-precision shard of a weight that FSDP2 gathers in float8."""
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -220,6 +221,12 @@ class Float8ShardedWeight(torch.Tensor):
             data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
         weight = Float8Tensor(data, own_scales, size, param_dtype, scales_for_grad_input)
         return weight, (payload,)
+
+
+# FSDP2 asks for the signature at every all-gather; so it need not be put together each time.
+Float8ShardedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    Float8ShardedWeight.fsdp_pre_all_gather
+)
 
 
 @functools.cache

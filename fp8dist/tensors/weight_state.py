@@ -117,7 +117,7 @@ class WeightState:
         self.seen: Seen | None = None
         # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
         # them, and the compiler mishandled views at an offset (pytorch#155690). The first is for
-        # casting; None if there are no scales yet. (2, ...), float32: scales and reciprocals; or
+        # casting; None if there are no scales yet. (2, ...), float32, see [Note: reciprocals], or
         # (1, ...), e8m0, uint8.
         self.scales: list[torch.Tensor] | None = None
         self.shard: tuple[DTensor, precompute.Shard] | None = None  # see `shard_now`
@@ -264,7 +264,7 @@ def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> 
         if payload is None or payload.shape != size or payload.device != device:
             payload = torch.zeros(size, dtype=torch.uint8, device=device)
         payloads.append(payload)
-        scale = state.scales[0][0] if state.scales else None
+        scale = state.scales[0][-1] if state.scales else None
         if scale is not None and scale.dtype == torch.uint8:
             scale = numerics.exponent_to_scale(scale)
         scales.append(scale)

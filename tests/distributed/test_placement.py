@@ -100,7 +100,7 @@ def read(linear: nn.Linear) -> Any:
     return (
         data.contiguous().view(torch.uint8).cpu().clone(),
         scales.cpu().clone(),
-        None if backward is None else backward[0].cpu().clone(),
+        None if backward is None else backward[1].cpu().clone(),
     )
 
 

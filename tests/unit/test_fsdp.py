@@ -51,7 +51,7 @@ def check_current(model: nn.Module) -> None:
     for layer in (model[0], model[2]):
         shard, state = layer.weight._local_tensor._tensor, layer.weight_state
         scale = torch.tensor(448 / shard.abs().max().item())
-        assert state.scales[0][0].item() == scale.item()
+        assert state.scales[0][1].item() == scale.item()
         expected = (shard * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         assert torch.equal(state.payload, expected)
 

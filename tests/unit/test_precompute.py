@@ -78,9 +78,9 @@ def test_a_group_of_one_communicates_nothing(peer: dict[str, Any]) -> None:
 def compute(shards: list[Shard]) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
     """As `precompute.compute_scales`, without the reciprocals, which are checked here."""
     scales, amaxes, ends = precompute.compute_scales(shards, Group(1), CPU)
-    for scale, inverse in sum(scales, []):
+    for inverse, scale in sum(scales, []):
         torch.testing.assert_close(inverse, 1 / scale, rtol=0, atol=0, equal_nan=True)
-    return [[scale for scale, _ in of_weight] for of_weight in scales], amaxes, ends
+    return [[scale for _, scale in of_weight] for of_weight in scales], amaxes, ends
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -173,7 +173,7 @@ def test_one_all_reduce_for_all_weights(peer: dict[str, Any]) -> None:
     scales, amaxes, _ = precompute.compute_scales([whole(w) for w in weights], Group(2), CPU)
     assert peer["calls"] == 1
     assert amaxes.tolist() == [100.0, weights[1].abs().max().item(), 200.0]
-    assert scales[0][0][0].item() == torch.tensor(448 / 100.0).item()
+    assert scales[0][0][1].item() == torch.tensor(448 / 100.0).item()
 
 
 @pytest.mark.gpu
@@ -186,7 +186,7 @@ def test_scales_on_a_gpu_are_those_on_the_cpu() -> None:
             [whole(weight.cuda(), recipe) for weight in weights], Group(1), torch.device("cuda")
         )
         torch.testing.assert_close(on_gpu[1].cpu(), on_cpu[1], rtol=0, atol=0, equal_nan=True)
-        for (gpu, inverse), cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):
+        for (inverse, gpu), cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):
             torch.testing.assert_close(inverse.cpu(), 1 / cpu, rtol=0, atol=0, equal_nan=True)
             torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
 

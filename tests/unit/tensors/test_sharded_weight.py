@@ -470,7 +470,7 @@ def test_the_unsharded_weight_is_float8_in_the_dtype_of_the_policy(
     scale = 448 / shard.abs().max().double()
     expected = (shard * scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(weight._data.view(torch.uint8), expected.view(torch.uint8))
-    assert weight._scales[0].item() == scale.float()
+    assert weight._scales[1].item() == scale.float()
     assert type(model[0].bias) is nn.Parameter
     model.reshard()
     assert is_sharded(model[0].weight)

@@ -95,7 +95,7 @@ def test_scale_and_payload_are_those_of_the_weight(mesh: DeviceMesh, dtype: torc
     payload, scale = quantized(hp_weight().to(dtype))
     state = layer.weight_state
     assert state.scales[0].shape == (2, 1, 1)
-    assert state.scales[0].flatten().tolist() == [scale.item(), scale.reciprocal().item()]
+    assert state.scales[0].flatten().tolist() == [scale.reciprocal().item(), scale.item()]
     assert state.payload.dtype == torch.uint8
     assert torch.equal(state.payload, payload)
 
@@ -113,8 +113,8 @@ def test_an_edit_is_followed_by_a_new_scale_in_the_same_storage(mesh: DeviceMesh
     assert state.scales[0] is scale
     assert state.payload is payload
     expected_payload, expected_scale = quantized(hp_weight() + 3)
-    assert scale[0].item() == expected_scale.item()
-    assert scale[1].item() == expected_scale.reciprocal().item()
+    assert scale[1].item() == expected_scale.item()
+    assert scale[0].item() == expected_scale.reciprocal().item()
     assert torch.equal(payload, expected_payload)
     assert scale._version == version, "a graph that saved it may still be freed or reused"
 
@@ -176,7 +176,7 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
 
     for rows in (10, 8, 0):
         state = WeightState(Float8Config(), "layer")
-        state.scales = [torch.tensor([2.0, 0.5]).view(2, 1, 1)]
+        state.scales = [torch.tensor([0.5, 2.0]).view(2, 1, 1)]
         shard = hp_weight()[:rows]
         Param._local_tensor = Float8ShardedWeight(shard)
         payload = state.current_payload(shard, Param())
@@ -197,7 +197,7 @@ def test_update_scales_takes_many_weights_at_once(
     update_scales([layer.weight_state for layer in layers], [layer.weight for layer in layers])
     assert amaxes_computed == [3]
     for i, layer in enumerate(layers):
-        assert layer.weight_state.scales[0][0].item() == quantized(hp_weight() * (i + 1))[1].item()
+        assert layer.weight_state.scales[0][1].item() == quantized(hp_weight() * (i + 1))[1].item()
     storages = {layer.weight_state.scales[0].untyped_storage().data_ptr() for layer in layers}
     assert len(storages) == 3, "each in a storage of its own"
 
