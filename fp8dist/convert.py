@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from fp8dist import config as configs
 from fp8dist.config import HP_DTYPES, Float8Config
 from fp8dist.linear import Float8Linear
+from fp8dist.small_kn import Thresholds, thresholds_by_recipe
 
 logger = logging.getLogger("fp8dist")
 
@@ -31,13 +32,13 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
         recipe_name: the recipe that the layers will be converted to.
         filter_fqns: parts of fully qualified names; a layer whose name contains one stays in
             high precision. The entry "auto_filter_small_kn" leaves out layers that are too
-            small to gain: the thresholds are torchao's, measured on H100
-            (`torchao.float8._auto_filter_for_recipe`).
+            small to gain, as measured on this machine's GPU, or else on another
+            (`fp8dist.small_kn`).
 
     A layer whose dimensions the hardware cannot multiply is left out as well.
 
     Raises:
-        ValueError: unknown recipe, or one that has no published thresholds together with
+        ValueError: unknown recipe, or one that has no thresholds together with
             "auto_filter_small_kn".
     """
 
@@ -46,12 +47,16 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
             raise ValueError(f"filter_fqns is a list of names, got the string {filter_fqns!r}")
         self.recipe = configs.recipe(recipe_name)
         self.filter_fqns = [fqn for fqn in filter_fqns if fqn != AUTO_FILTER]
-        self.auto_filter = AUTO_FILTER in filter_fqns
-        if self.auto_filter and recipe_name not in _SMALL_KN:
-            raise ValueError(
-                f"{AUTO_FILTER} has no thresholds for recipe {recipe_name!r} (it has them for "
-                f"{', '.join(_SMALL_KN)}): name the layers to leave out in filter_fqns"
-            )
+        self.thresholds: Thresholds | None = None
+        if AUTO_FILTER in filter_fqns:
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            known = thresholds_by_recipe(gpu)
+            if self.recipe.name not in known:
+                raise ValueError(
+                    f"{AUTO_FILTER} has no thresholds for recipe {recipe_name!r} (it has them for "
+                    f"{', '.join(known)}): name the layers to leave out in filter_fqns"
+                )
+            self.thresholds = known[self.recipe.name]
 
     def __call__(self, module: nn.Module, fqn: str) -> bool:
         return self.reason(module, fqn) is None
@@ -67,20 +72,13 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
         multiple = self.recipe.dim_multiple
         if rows % multiple or columns % multiple:
             return f"dimensions not multiples of {multiple}"
-        if self.auto_filter and _SMALL_KN[self.recipe.name](columns, rows):
+        if self.thresholds is not None and self.thresholds.too_small(columns, rows):
             return f"too small to gain ({AUTO_FILTER})"
         return None
 
     def unmatched(self, fqns: Iterable[str]) -> list[str]:
         fqns = list(fqns)
         return [part for part in self.filter_fqns if not any(part in fqn for fqn in fqns)]
-
-
-# (K, N) -> too small. From torchao's benchmarks on H100 as its `_auto_filter_for_recipe` has them.
-_SMALL_KN: dict[str, Callable[[int, int], bool]] = {
-    "tensorwise": lambda k, n: k <= 4096 and n <= 1024,
-    "rowwise": lambda k, n: n <= 2048 or k <= 1024 or (n <= 4096 and k <= 2048),
-}
 
 
 def convert_to_float8_training(

@@ -19,6 +19,7 @@ LAYERS = [
     "precompute",
     "tensors",
     "linear",
+    "small_kn",
     "convert",
     "fsdp",
     "tensor_parallel",
