@@ -18,7 +18,12 @@ from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.numerics import AmaxPart, CastPart, Scaled, token_multiple
 
 _KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
-_FLOAT8_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
+# The largest number of each is 1.75 times 2 to this power.
+_FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+# What was fastest on an H200: rows and columns of a tile, how many tiles, one below the other, a
+# program takes, and its warps. Amaxes of columns pay for few and tall programs.
+_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (32, 256, 4, 4)
+_WEIGHT_AMAX_TILE = (8, 1024, 16, 8)
 
 _library = Library("fp8dist", "FRAGMENT")
 
@@ -39,7 +44,7 @@ def _cdiv(a: int, b: int) -> int:
 
 _library.define(
     "quantize(Tensor x, int[2]? block, int[2]? transposed_block, ScalarType float8_dtype, "
-    "str scale_format, Tensor? x_scale, Tensor? new_scale, Tensor? after) "
+    "str scale_format, Tensor? x_inverse, Tensor? new_scale, Tensor? after) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -52,7 +57,7 @@ def _quantize(
     transposed_block: Sequence[int] | None,
     float8_dtype: torch.dtype,
     scale_format: str,
-    x_scale: torch.Tensor | None,
+    x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,7 +81,8 @@ def _quantize(
     amax = x if new_scale is None else new_scale  # x: not read
     if amaxes > 0:
         amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
-        kernels.amax_kernel[_cdiv(m, 64), _cdiv(n, 128)](
+        bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
+        kernels.amax_kernel[_cdiv(m, bm * steps), _cdiv(n, bn)](
             x,
             amax,
             m,
@@ -85,13 +91,14 @@ def _quantize(
             WANT_ROW=kind == "row",
             WANT_COLUMN=t_kind == "column",
             WANT_TENSOR=kind == "tensor" or t_kind == "tensor",
-            BM=64,
-            BN=128,
-            num_warps=8,
+            BM=bm,
+            BN=bn,
+            STEPS=steps,
+            num_warps=warps,
         )
     kernels.quantize_kernel[_cdiv(m_padded, 128), _cdiv(n, 128)](
         x,
-        x if x_scale is None else x_scale,
+        x if x_inverse is None else x_inverse,
         amax,
         data,
         scale,
@@ -101,9 +108,9 @@ def _quantize(
         n,
         m_padded,
         x_stride,
-        FLOAT8_MAX=_FLOAT8_MAX[float8_dtype],
+        FLOAT8_EXPONENT=_FLOAT8_EXPONENT[float8_dtype],
         FORMAT=scale_format,
-        X_SCALE="none" if x_scale is None else "row" if x_scale.size(1) == 1 else "own",
+        X_INVERSE="none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own",
         KIND=kind,
         BLOCK=a[1] if a is not None and kind == "own" else 1,
         T_KIND=t_kind,
@@ -111,7 +118,7 @@ def _quantize(
         T_GIVEN=given,
         BM=128,
         BN=128,
-        num_warps=8,
+        num_warps=4 if given else 8,
     )
     return data, scale, t_data, t_scale
 
@@ -155,7 +162,7 @@ def _fake_quantize(
     transposed_block: Sequence[int] | None,
     float8_dtype: torch.dtype,
     scale_format: str,
-    x_scale: torch.Tensor | None,
+    x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
@@ -243,7 +250,7 @@ def rescale_transposed(
         block,
         weight.data.dtype,
         scale_format,
-        weight.scale.contiguous(),
+        weight.scale.reciprocal() if weight.inverse is None else weight.inverse,
         new_scale,
         after,
     )
@@ -264,8 +271,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base))
             places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
             entries.append((*entry, *places_of))
-        bm, bn, steps = 64, 128, 8
-        table, matrices = _table(tuple(entries), bm, bn * steps, x_base.device)
+        bm, bn, steps, warps = _WEIGHT_AMAX_TILE
+        table, matrices = _table(tuple(entries), bm * steps, bn, x_base.device)
         blocks = alike[0].blocks
         kernels.fill_amaxes_kernel[(matrices.size(0),)](
             x_base,
@@ -280,7 +287,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             BM=bm,
             BN=bn,
             STEPS=steps,
-            num_warps=8,
+            num_warps=warps,
         )
 
 

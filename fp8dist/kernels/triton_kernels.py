@@ -17,24 +17,85 @@ def _abs_bits(x):
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+# [Note: powers of two by bits]
+# Scales that are powers of two need no division, which costs a kernel as much as its memory
+# traffic. Both formats have float8_max = 1.75 * 2^FLOAT8_EXPONENT. An amax of m * 2^e (1 <= m < 2)
+# is scaled by 1.75 / m * 2^(FLOAT8_EXPONENT - e), of which the power of two below is
+# 2^(FLOAT8_EXPONENT - e), or half of it if m > 1.75; no rounding of the quotient, to float32 or in
+# it, crosses a power of two.
+
+
 @triton.jit
-def amax_to_scale(bits, FLOAT8_MAX: tl.constexpr, FORMAT: tl.constexpr):
-    """numerics.amax_to_scale, on the bits of the amax."""
-    amax = bits.to(tl.float32, bitcast=True)
-    if FORMAT == "e8m0":
-        descale_bits = tl.div_rn(amax, FLOAT8_MAX).to(tl.int32, bitcast=True)
-        exponent = (descale_bits >> 23) + tl.where((descale_bits & 0x7FFFFF) != 0, 1, 0)
-        exponent = tl.minimum(exponent, 254)
-        scale_bits = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
-        return tl.where(bits > 0x7F800000, 0x7FC00000, scale_bits).to(tl.float32, bitcast=True)
+def amax_to_scale(bits, FLOAT8_EXPONENT: tl.constexpr, FORMAT: tl.constexpr):
+    """numerics.amax_to_scale, on the bits of the amax; see [Note: powers of two by bits]."""
+    if FORMAT == "exact":
+        amax = bits.to(tl.float32, bitcast=True).to(tl.float64)
+        amax = tl.where(amax < 1e-12, 1e-12, amax)  # a NaN stays
+        return ((7 << (FLOAT8_EXPONENT - 2)) / amax).to(tl.float32)
+    if FORMAT == "power_of_2":
+        bits = tl.maximum(bits, 0x2B8CBCCC)  # 1e-12
+    over = tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
+    if FORMAT == "power_of_2":
+        scale = ((254 + FLOAT8_EXPONENT - (bits >> 23)) - over) << 23
+        scale = tl.where(bits == 0x7F800000, 0, scale)
     else:
-        wide = amax.to(tl.float64)
-        wide = tl.where(wide < 1e-12, 1e-12, wide)  # a NaN stays
-        scale = (FLOAT8_MAX / wide).to(tl.float32)
-        if FORMAT == "power_of_2":
-            rounded = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            scale = tl.where(scale != scale, scale, rounded)
-        return scale
+        # The biased exponent of amax / float8_max, rounded up. Quotients that are subnormal round
+        # up to 1, those that are 0 in float32 to 0: an amax of 1.75 * 2^-142, or less for e5m2.
+        exponent = (bits >> 23) + over - FLOAT8_EXPONENT
+        exponent = tl.maximum(exponent, tl.where(bits > (7 << (FLOAT8_EXPONENT - 3)), 1, 0))
+        exponent = tl.where(bits == 0x7F800000, 254, exponent)
+        scale = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
+    return tl.where(bits > 0x7F800000, 0x7FC00000, scale).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _raise_amaxes(
+    x_ptr,
+    M,
+    N,
+    stride,
+    first_row,
+    first_column,
+    row_ptr,
+    column_ptr,
+    tensor_ptr,
+    block_ptr,
+    row_start,
+    WANT_ROW: tl.constexpr,
+    WANT_COLUMN: tl.constexpr,
+    WANT_TENSOR: tl.constexpr,
+    WANT_BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Raise amaxes, int32 bits, to those of STEPS times BM rows and BN columns of x.
+
+    Blocks are of 128 x 128, of the matrix of which x is the rows from row_start on.
+    """
+    columns = first_column + tl.arange(0, BN)
+    column_mask = columns < N
+    most = tl.zeros((BM, BN), dtype=tl.int32)
+    for step in range(STEPS):
+        rows = first_row + step * BM + tl.arange(0, BM)
+        row_mask = rows < M
+        mask = row_mask[:, None] & column_mask[None, :]
+        offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+        bits = _abs_bits(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        most = tl.maximum(most, bits)
+        if WANT_ROW:
+            tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
+        if WANT_BLOCK:
+            of_block = tl.max(tl.reshape(bits, (BM, BN // 128, 128)), 2)
+            block_columns = first_column // 128 + tl.arange(0, BN // 128)
+            count = tl.cdiv(N, 128)
+            index = ((rows + row_start) // 128 * count)[:, None] + block_columns[None, :]
+            in_matrix = row_mask[:, None] & (block_columns < count)[None, :]
+            tl.atomic_max(block_ptr + index, of_block, mask=in_matrix, sem="relaxed")
+    if WANT_COLUMN:
+        tl.atomic_max(column_ptr + columns, tl.max(most, 0), mask=column_mask, sem="relaxed")
+    if WANT_TENSOR:
+        tl.atomic_max(tensor_ptr, tl.max(tl.max(most, 1), 0), sem="relaxed")
 
 
 @triton.jit
@@ -43,38 +104,52 @@ def amax_kernel(
     amax_ptr,
     M,
     N,
-    x_stride,
+    stride,
     WANT_ROW: tl.constexpr,
     WANT_COLUMN: tl.constexpr,
     WANT_TENSOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """Amaxes of the (M, N) matrix x as int32 bits, into a buffer that is zero before.
 
     The buffer has, of what is wanted: M of rows, N of columns, one of the tensor.
     """
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_mask, column_mask = rows < M, columns < N
-    mask = row_mask[:, None] & column_mask[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
-    bits = _abs_bits(x)
-    if WANT_ROW:
-        tl.atomic_max(amax_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
-        amax_ptr += M
-    if WANT_COLUMN:
-        tl.atomic_max(amax_ptr + columns, tl.max(bits, 0), mask=column_mask, sem="relaxed")
-        amax_ptr += N
-    if WANT_TENSOR:
-        tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0), sem="relaxed")
+    column_ptr = amax_ptr + M if WANT_ROW else amax_ptr
+    tensor_ptr = column_ptr + N if WANT_COLUMN else column_ptr
+    _raise_amaxes(
+        x_ptr,
+        M,
+        N,
+        stride,
+        tl.program_id(0) * (BM * STEPS),
+        tl.program_id(1) * BN,
+        amax_ptr,
+        column_ptr,
+        tensor_ptr,
+        amax_ptr,
+        0,
+        WANT_ROW,
+        WANT_COLUMN,
+        WANT_TENSOR,
+        False,
+        BM,
+        BN,
+        STEPS,
+    )
 
 
 @triton.jit
 def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
     """Write `count` reciprocals of scales and after them the scales; e8m0 has the latter only."""
-    if FORMAT != "e8m0":
+    if FORMAT == "exact":
         tl.store(scale_ptr + index, tl.div_rn(1.0, scale), mask=mask)
+        scale_ptr += count
+    if FORMAT == "power_of_2":
+        bits = scale.to(tl.int32, bitcast=True)
+        inverse = tl.where(bits == 0, 0x7F800000, 0x7F000000 - bits).to(tl.float32, bitcast=True)
+        tl.store(scale_ptr + index, tl.where(scale != scale, scale, inverse), mask=mask)
         scale_ptr += count
     tl.store(scale_ptr + index, scale, mask=mask)
 
@@ -82,7 +157,7 @@ def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
 @triton.jit
 def quantize_kernel(
     x_ptr,
-    x_scale_ptr,
+    x_inverse_ptr,
     amax_ptr,
     data_ptr,
     scale_ptr,
@@ -92,9 +167,9 @@ def quantize_kernel(
     N,
     M_PADDED,
     x_stride,
-    FLOAT8_MAX: tl.constexpr,
+    FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
-    X_SCALE: tl.constexpr,
+    X_INVERSE: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     T_KIND: tl.constexpr,
@@ -111,8 +186,8 @@ def quantize_kernel(
     Otherwise amax has the bits of the amaxes as `amax_kernel` writes them; with T_GIVEN, it has
     the scales for t_data themselves, and data is not wanted. For what is written see
     `_store_scale`.
-    x_scale, where there is one, is what x was scaled by: a power of two per row (X_SCALE is "row")
-    or per 1 x 32 block ("own", (M, N / 32)).
+    x_inverse, where there is one, is 1 / what x was scaled by: a power of two per row (X_INVERSE
+    is "row") or per 1 x 32 block ("own", (M, N / 32)).
     """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
@@ -121,41 +196,47 @@ def quantize_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
-    if X_SCALE == "row":
-        x_scale = tl.load(x_scale_ptr + rows, mask=row_mask, other=1.0)
-        x = x * tl.div_rn(1.0, x_scale)[:, None]
-    if X_SCALE == "own":
+    if X_INVERSE == "row":
+        x = x * tl.load(x_inverse_ptr + rows, mask=row_mask, other=1.0)[:, None]
+    if X_INVERSE == "own":
         blocks = pid_n * (BN // 32) + tl.arange(0, BN // 32)
-        x_scale = tl.load(
-            x_scale_ptr + rows[:, None] * (N // 32) + blocks[None, :],
+        x_inverse = tl.load(
+            x_inverse_ptr + rows[:, None] * (N // 32) + blocks[None, :],
             mask=row_mask[:, None] & (blocks < N // 32)[None, :],
             other=1.0,
         )
-        inverse = tl.broadcast_to(tl.div_rn(1.0, x_scale)[:, :, None], (BM, BN // 32, 32))
-        x = x * tl.reshape(inverse, (BM, BN))
+        x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // 32, 32))
+        x = x * tl.reshape(x_inverse, (BM, BN))
 
     if KIND != "none":
         if KIND == "tensor":
             # The amax of the tensor comes last.
             if T_KIND == "column":
-                scale = amax_to_scale(tl.load(amax_ptr + N), FLOAT8_MAX, FORMAT)
+                scale = amax_to_scale(tl.load(amax_ptr + N), FLOAT8_EXPONENT, FORMAT)
             else:
-                scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_MAX, FORMAT)
+                scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_EXPONENT, FORMAT)
             _store_scale(scale_ptr, 0, 1, scale, (pid_m == 0) & (pid_n == 0), FORMAT)
             scaled = x * scale
         if KIND == "row":
             bits = tl.load(amax_ptr + rows, mask=row_mask, other=0)
-            scale = amax_to_scale(bits, FLOAT8_MAX, FORMAT)
+            scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
             _store_scale(scale_ptr, rows, M, scale, row_mask & (pid_n == 0), FORMAT)
             scaled = x * scale[:, None]
         if KIND == "own":
-            tile = tl.reshape(x, (BM, BN // BLOCK, BLOCK))
-            scale = amax_to_scale(tl.max(_abs_bits(tile), 2), FLOAT8_MAX, FORMAT)
-            blocks = pid_n * (BN // BLOCK) + tl.arange(0, BN // BLOCK)
-            index = blocks[None, :].to(tl.int64) * M + rows[:, None]
-            wanted = row_mask[:, None] & (blocks < N // BLOCK)[None, :]
-            _store_scale(scale_ptr, index, (N // BLOCK).to(tl.int64) * M, scale, wanted, FORMAT)
-            scaled = tl.reshape(tile * scale[:, :, None], (BM, BN))
+            count = (N // BLOCK).to(tl.int64) * M
+            if BLOCK == BN:  # without reshapes, which move data between threads
+                scale = amax_to_scale(tl.max(_abs_bits(x), 1), FLOAT8_EXPONENT, FORMAT)
+                index = pid_n.to(tl.int64) * M + rows
+                _store_scale(scale_ptr, index, count, scale, row_mask, FORMAT)
+                scaled = x * scale[:, None]
+            else:
+                tile = tl.reshape(x, (BM, BN // BLOCK, BLOCK))
+                scale = amax_to_scale(tl.max(_abs_bits(tile), 2), FLOAT8_EXPONENT, FORMAT)
+                blocks = pid_n * (BN // BLOCK) + tl.arange(0, BN // BLOCK)
+                index = blocks[None, :].to(tl.int64) * M + rows[:, None]
+                wanted = row_mask[:, None] & (blocks < N // BLOCK)[None, :]
+                _store_scale(scale_ptr, index, count, scale, wanted, FORMAT)
+                scaled = tl.reshape(tile * scale[:, :, None], (BM, BN))
         offsets = rows[:, None] * N + columns[None, :]
         tl.store(data_ptr + offsets, scaled.to(data_ptr.dtype.element_ty), mask=mask)
 
@@ -165,9 +246,9 @@ def quantize_kernel(
                 t_scale = tl.load(amax_ptr)
             else:
                 if KIND == "row":
-                    t_scale = amax_to_scale(tl.load(amax_ptr + M), FLOAT8_MAX, FORMAT)
+                    t_scale = amax_to_scale(tl.load(amax_ptr + M), FLOAT8_EXPONENT, FORMAT)
                 else:
-                    t_scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_MAX, FORMAT)
+                    t_scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_EXPONENT, FORMAT)
                 _store_scale(t_scale_ptr, 0, 1, t_scale, (pid_m == 0) & (pid_n == 0), FORMAT)
             scaled = x * t_scale
         if T_KIND == "column":
@@ -176,18 +257,24 @@ def quantize_kernel(
             else:
                 before = M if KIND == "row" else 0
                 bits = tl.load(amax_ptr + before + columns, mask=column_mask, other=0)
-                t_scale = amax_to_scale(bits, FLOAT8_MAX, FORMAT)
+                t_scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
                 _store_scale(t_scale_ptr, columns, N, t_scale, column_mask & (pid_m == 0), FORMAT)
             scaled = x * t_scale[None, :]
         if T_KIND == "own":
-            tile = tl.reshape(x, (BM // T_BLOCK, T_BLOCK, BN))
-            t_scale = amax_to_scale(tl.max(_abs_bits(tile), 1), FLOAT8_MAX, FORMAT)
-            blocks = pid_m * (BM // T_BLOCK) + tl.arange(0, BM // T_BLOCK)
-            index = blocks[:, None].to(tl.int64) * N + columns[None, :]
-            wanted = (blocks < M_PADDED // T_BLOCK)[:, None] & column_mask[None, :]
             count = (M_PADDED // T_BLOCK).to(tl.int64) * N
-            _store_scale(t_scale_ptr, index, count, t_scale, wanted, FORMAT)
-            scaled = tl.reshape(tile * t_scale[:, None, :], (BM, BN))
+            if T_BLOCK == BM:
+                t_scale = amax_to_scale(tl.max(_abs_bits(x), 0), FLOAT8_EXPONENT, FORMAT)
+                index = pid_m.to(tl.int64) * N + columns
+                _store_scale(t_scale_ptr, index, count, t_scale, column_mask, FORMAT)
+                scaled = x * t_scale[None, :]
+            else:
+                tile = tl.reshape(x, (BM // T_BLOCK, T_BLOCK, BN))
+                t_scale = amax_to_scale(tl.max(_abs_bits(tile), 1), FLOAT8_EXPONENT, FORMAT)
+                blocks = pid_m * (BM // T_BLOCK) + tl.arange(0, BM // T_BLOCK)
+                index = blocks[:, None].to(tl.int64) * N + columns[None, :]
+                wanted = (blocks < M_PADDED // T_BLOCK)[:, None] & column_mask[None, :]
+                _store_scale(t_scale_ptr, index, count, t_scale, wanted, FORMAT)
+                scaled = tl.reshape(tile * t_scale[:, None, :], (BM, BN))
         offsets = columns[:, None].to(tl.int64) * M_PADDED + rows[None, :]
         tl.store(
             t_data_ptr + offsets,
@@ -231,10 +318,8 @@ def fill_amaxes_kernel(
     BN: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Raise amaxes, int32 bits, to those of matrices; see [Note: many matrices in one launch].
-
-    A program takes BM rows and STEPS times BN columns. For blocks of BN x BN, a matrix is the rows
-    from row_start on of one whose blocks the buffer has; so it is for rows.
+    """Raise amaxes to those of matrices; see `_raise_amaxes` and [Note: many matrices in one
+    launch]. For rows, too, a matrix is the rows from row_start on of the one with the amaxes.
     """
     pid = tl.program_id(0)
     entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 10
@@ -246,35 +331,27 @@ def fill_amaxes_kernel(
             tl.multiple_of(stride, 16),
             tl.multiple_of(x_at, 16),
         )
-    strips = tl.cdiv(N, BN * STEPS)
-    rows = (pid - first) // strips * BM + tl.arange(0, BM)
-    first_column = (pid - first) % strips * (BN * STEPS)
-    row_mask = rows < M
-    row_amax = tl.zeros((BM,), dtype=tl.int32)
-    for step in range(STEPS):
-        columns = first_column + step * BN + tl.arange(0, BN)
-        column_mask = columns < N
-        offsets = rows[:, None] * stride + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-        bits = _abs_bits(tl.load(x_ptr + x_at + offsets, mask=mask, other=0.0))
-        of_row = tl.max(bits, 1)
-        row_amax = tl.maximum(row_amax, of_row)
-        if WANT_COLUMN:
-            column_at = tl.load(entry + 7)
-            tl.atomic_max(
-                amax_ptr + column_at + columns, tl.max(bits, 0), mask=column_mask, sem="relaxed"
-            )
-        if WANT_BLOCK:
-            block_at = tl.load(entry + 8)
-            index = (rows + row_start) // BN * tl.cdiv(N, BN) + first_column // BN + step
-            in_matrix = row_mask & (first_column + step * BN < N)
-            tl.atomic_max(amax_ptr + block_at + index, of_row, mask=in_matrix, sem="relaxed")
-    if WANT_ROW:
-        row_at = tl.load(entry + 6) + row_start
-        tl.atomic_max(amax_ptr + row_at + rows, row_amax, mask=row_mask, sem="relaxed")
-    if WANT_TENSOR:
-        tensor_at = tl.load(entry + 9)
-        tl.atomic_max(amax_ptr + tensor_at, tl.max(row_amax, 0), sem="relaxed")
+    tiles_n = tl.cdiv(N, BN)
+    _raise_amaxes(
+        x_ptr + x_at,
+        M,
+        N,
+        stride,
+        (pid - first) // tiles_n * (BM * STEPS),
+        (pid - first) % tiles_n * BN,
+        amax_ptr + tl.load(entry + 6) + row_start,
+        amax_ptr + tl.load(entry + 7),
+        amax_ptr + tl.load(entry + 9),
+        amax_ptr + tl.load(entry + 8),
+        row_start,
+        WANT_ROW,
+        WANT_COLUMN,
+        WANT_TENSOR,
+        WANT_BLOCK,
+        BM,
+        BN,
+        STEPS,
+    )
 
 
 @triton.jit
