@@ -10,9 +10,9 @@ Variants, the first of which is what the others are compared to:
                                 all three matmuls
 
 A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory
-and the last loss. A variant is timed only if its losses in the warm-up are those of the first one,
-to 2 %. The output layer is never converted. With more ranks than GPUs NCCL takes each
-rank for a host of its own and talks over loopback sockets, so bytes weigh as on a slow network:
+and the last loss. A variant is timed only if its first loss is that of the first variant, to 1 %,
+and falls. The output layer is never converted. With more ranks than GPUs NCCL takes each rank for a
+host of its own and talks over loopback sockets, so bytes weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
         --layers 4 --dim 2048 --ffn 7168 --seq 2048 --vocab 2048
@@ -51,8 +51,8 @@ DEFAULT_VARIANTS = (
     "bf16,torchao:tensorwise,torchao:tensorwise+ag,torchao:rowwise,fp8dist:tensorwise"
 )
 WARM_UP_STEPS = 4
-LOSS_TOLERANCE = 0.02
-"""Of the loss. What float8 rounds differently moves it by less; see `check_losses`."""
+# Of the first loss, about ln(vocab): what float8 rounds differently moves it by a tenth of this.
+LOSS_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,17 @@ def kernel_report(training: Training) -> str:
 
 
 def check_losses(losses: torch.Tensor, expected: torch.Tensor) -> None:
-    """That the losses of the warm-up are finite and those of the first variant."""
-    farthest = ((losses - expected).abs() / expected).max().item()
-    found, first = ([f"{x:.4f}" for x in values.tolist()] for values in (losses, expected))
+    """That the first loss of the warm-up is the first variant's, and that it is learned from.
+
+    Only the first: one batch over and over makes the loss fall by a factor of ten per step, and
+    what is left then depends on the rounding.
+    """
+    first = abs(losses[0] - expected[0]) / expected[0]
+    found, others = ([f"{x:.4f}" for x in values.tolist()] for values in (losses, expected))
     check(
-        farthest <= LOSS_TOLERANCE,  # False for a NaN
-        f"losses {', '.join(found)}, of the first variant {', '.join(first)}",
+        # False for a NaN.
+        bool(first <= LOSS_TOLERANCE and losses.isfinite().all() and losses[-1] < losses[0]),
+        f"losses {', '.join(found)}, of the first variant {', '.join(others)}",
     )
 
 

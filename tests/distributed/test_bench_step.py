@@ -48,7 +48,8 @@ def test_other_losses_than_the_first_variants_are_wrong() -> None:
     bench_step = load_program("bench_step")
     first = torch.tensor([9.0, 8.5])
     bench_step.check_losses(torch.tensor([9.01, 8.4]), first)
-    for losses in ([9.0, 8.2], [8.5, 8.5], [9.0, float("nan")], [float("inf"), 8.5]):
+    bench_step.check_losses(torch.tensor([9.01, 0.4]), first)
+    for losses in ([9.2, 8.5], [8.8, 8.5], [9.0, 9.1], [9.0, float("nan")], [float("inf"), 8.5]):
         with pytest.raises(load_program("harness").WrongResult, match=r"of the first .* 8\.5000"):
             bench_step.check_losses(torch.tensor(losses), first)
 

@@ -3,7 +3,7 @@
 import torch
 
 SHAPES = [(256, 512), (1, 128), (130, 384), (1000, 128), (16, 1152), (640, 4224)]
-CONTENTS = ["normal", "wide", "zeros", "nan", "inf", "subnormal"]
+CONTENTS = ["normal", "wide", "zeros", "nan", "inf", "subnormal", "boundaries"]
 
 
 def make(shape: tuple[int, int], content: str, dtype: torch.dtype) -> torch.Tensor:
@@ -24,6 +24,14 @@ def make(shape: tuple[int, int], content: str, dtype: torch.dtype) -> torch.Tens
         x[shape[0] // 2, 7] = -torch.inf
     if content == "subnormal":
         x = x * 1e-39
+    if content == "boundaries":
+        # Amaxes of rows about m * 2^e for m around 1.75, which float8_max / amax turns into a power
+        # of two, and for numbers from which on that is subnormal, 0 or infinite.
+        m = torch.tensor([1, 1.75, 1.75 + 2**-23, 1.75 - 2**-23, 1 + 2**-23, 2 - 2**-23])
+        e = torch.arange(-150, 128, dtype=torch.float32).repeat_interleave(len(m))
+        amaxes = (m.double().repeat(278) * torch.pow(2.0, e.double())).float()
+        picked = amaxes[torch.arange(shape[0]) * 37 % len(amaxes)]
+        x = x.sign() * picked[:, None] * torch.rand(shape, generator=generator).round()
     return x.to(dtype).cuda()
 
 
