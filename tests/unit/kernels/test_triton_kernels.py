@@ -1,82 +1,41 @@
-"""On a GPU: the kernels that write into a part of a buffer write that part and nothing else."""
+"""On a GPU: scales from the bits of amaxes are those of `numerics`, for all exponents."""
 
 import pytest
 import torch
 
-from fp8dist import kernels, numerics
-from fp8dist.numerics import AmaxPart, CastPart
-from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
+from fp8dist import numerics
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+import triton.language as tl  # noqa: E402
+
+from fp8dist.kernels.launch import FLOAT8_EXPONENT  # noqa: E402
+from fp8dist.kernels.triton_kernels import amax_to_scale  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cast_into(dtype, content):
-    """Parts of matrices of many sizes at once."""
-    for block in [(-1, -1), (1, -1), (1, 128), (128, 128), (1, 32)]:
-        parts: dict[str, list[CastPart]] = {"got": [], "want": []}
-        payloads: dict[str, list[torch.Tensor]] = {"got": [], "want": []}
-        for shape in SHAPES:
-            whole = make(shape, content, dtype)
-            if whole.size(0) % max(block[0], 1):
-                continue
-            amax = numerics.amax(whole, block)
-            scale = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "exact")
-            third = shape[0] // 3
-            for start, end in [(0, third), (third, shape[0])]:
-                if start == end:
-                    continue
-                # Poisoned, and with more rows than are to be written.
-                payload = torch.full((end - start + 3, shape[1]), 0x55, dtype=torch.uint8).cuda()
-                for kind in parts:
-                    mine = payload.clone()
-                    out = mine[: end - start].view(torch.float8_e4m3fn)
-                    part = CastPart(whole[start:end], (start, 0), block, scale, out)
-                    parts[kind].append(part)
-                    payloads[kind].append(mine)
-        kernels.cast_into(parts["got"])
-        numerics.cast_into(parts["want"])
-        for got, want in zip(payloads["got"], payloads["want"], strict=True):
-            assert_same_bytes(got.view(torch.float8_e4m3fn), want.view(torch.float8_e4m3fn))
+@triton.jit
+def scales_of(bits_ptr, scale_ptr, N, EXPONENT: tl.constexpr, FORMAT: tl.constexpr):
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    scale = amax_to_scale(tl.load(bits_ptr + i, mask=i < N), EXPONENT, FORMAT)
+    tl.store(scale_ptr + i, scale, mask=i < N)
 
 
-@pytest.mark.parametrize("block", [(-1, -1), (1, -1), (128, 128)], ids=str)
-@pytest.mark.parametrize("start, end", [(0, 256), (128, 384), (200, 300), (256, 384)])
-def test_cast_into_of_some_columns(block, start, end):
-    """What a weight sharded over dim 1 gives, aligned with the blocks or not."""
-    whole = make((256, 384), "wide", torch.float32)
-    scale = numerics.amax_to_scale(numerics.amax(whole, block), torch.float8_e4m3fn, "exact")
-    got, want = (torch.zeros(256, end - start).cuda().to(torch.float8_e4m3fn) for _ in range(2))
-    part = CastPart(whole[:, start:end].contiguous(), (0, start), block, scale, got)
-    kernels.cast_into([part])
-    numerics.cast_into([part._replace(out=want)])
-    assert_same_bytes(got, want)
-    assert want.float().abs().max() > 0
+def bits_of_amaxes() -> torch.Tensor:
+    """Every exponent with mantissas about 0, 0.75 and 1, the smallest numbers, and 1e-12."""
+    near = torch.arange(-3, 4)
+    mantissas = torch.cat([near % 2**23, 0x600000 + near, torch.randint(0, 2**23, (1000,))])
+    every = (torch.arange(256)[:, None] * 2**23 + mantissas).flatten()
+    return torch.cat([every, torch.arange(1000), 0x2B8CBCCC + near]).int()
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_fill_amaxes(content):
-    """Shards of matrices, also ones that share a block, fill what the whole would; all at once."""
-    blocks = [(-1, -1), (1, -1), (-1, 1), (128, 128)]
-    for dtype in (torch.float32, torch.bfloat16):
-        parts, all_amaxes, expected = [], [], []
-        for shape in [(640, 384), (128, 1280), (256, 128)]:
-            whole = make(shape, content, torch.float32).to(dtype)
-            expected += [numerics.amax(whole, block).float() for block in blocks]
-            amaxes = [torch.zeros_like(amax) for amax in expected[-4:]]
-            all_amaxes += amaxes
-            for start, end in [(0, 50), (50, 51), (51, shape[0])]:
-                parts.append(AmaxPart(whole[start:end], (start, 0), blocks, amaxes))
-        kernels.fill_amaxes(parts)
-        for got, want in zip(all_amaxes, expected, strict=True):
-            assert_same_bytes(got, want)
-
-
-def test_fill_amaxes_keeps_larger_ones():
-    x = make((128, 128), "normal", torch.float32)
-    blocks = [(-1, -1), (1, -1)]
-    amaxes = [torch.full((1, 1), 1e6).cuda(), torch.zeros(128, 1).cuda()]
-    kernels.fill_amaxes([AmaxPart(x, (0, 0), blocks, amaxes)])
-    assert amaxes[0].item() == 1e6
-    assert_same_bytes(amaxes[1], x.abs().amax(1, keepdim=True))
+@pytest.mark.parametrize("scale_format", ["exact", "power_of_2", "e8m0"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_amax_to_scale(dtype, scale_format):
+    bits = bits_of_amaxes().cuda()
+    got = torch.empty(len(bits), device="cuda")
+    grid = (triton.cdiv(len(bits), 1024),)
+    scales_of[grid](bits, got, len(bits), FLOAT8_EXPONENT[dtype], scale_format)
+    want = numerics.amax_to_scale(bits.view(torch.float32), dtype, scale_format)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,208 @@
+"""The Triton kernels, launched: each function is the twin of one in `fp8dist.numerics` and gives
+the same bytes.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fp8dist.config import COLUMN, ROW, TENSOR, Block
+from fp8dist.kernels import triton_kernels as kernels
+from fp8dist.kernels.layout import cached_sizes_of, kind_of
+from fp8dist.numerics import AmaxPart, CastPart
+
+# The largest number of each is 1.75 times 2 to this power.
+FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+# What was fastest on an H200: rows and columns of a tile, how many tiles, one below the other, a
+# program takes, and its warps. Amaxes of columns pay for few and tall programs.
+_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (32, 256, 4, 4)
+_WEIGHT_AMAX_TILE = (8, 1024, 16, 8)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def quantize(
+    x: torch.Tensor,
+    block: Block | None,
+    transposed_block: Block | None,
+    float8_dtype: torch.dtype,
+    scale_format: str,
+    x_inverse: torch.Tensor | None,
+    new_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `fp8dist::quantize`, see `ops`: one pass for the amaxes, where the blocks are not
+    within a tile, and one that casts in both orientations.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    a, b = block, transposed_block
+    given = new_scale is not None
+    m, n = x.shape
+    sizes, m_padded, amaxes = cached_sizes_of(m, n, a, b, scale_format, given)
+    device = x.device
+    data = torch.empty(sizes[0], dtype=float8_dtype, device=device)
+    scale = torch.empty(sizes[1], dtype=torch.float32, device=device)
+    t_data = torch.empty(sizes[2], dtype=float8_dtype, device=device)
+    t_scale = torch.empty(sizes[3], dtype=torch.float32, device=device)
+    if m == 0 or n == 0:
+        return data, scale, t_data, t_scale
+    kind, t_kind = kind_of(a), kind_of(b)
+    x_stride = x.stride(0)
+    amax = x if new_scale is None else new_scale  # x: not read
+    if amaxes > 0:
+        amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
+        bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
+        kernels.amax_kernel[_cdiv(m, bm * steps), _cdiv(n, bn)](
+            x,
+            amax,
+            m,
+            n,
+            x_stride,
+            WANT_ROW=kind == "row",
+            WANT_COLUMN=t_kind == "column",
+            WANT_TENSOR=kind == "tensor" or t_kind == "tensor",
+            BM=bm,
+            BN=bn,
+            STEPS=steps,
+            num_warps=warps,
+        )
+    kernels.quantize_kernel[_cdiv(m_padded, 128), _cdiv(n, 128)](
+        x,
+        x if x_inverse is None else x_inverse,
+        amax,
+        data,
+        scale,
+        t_data,
+        t_scale,
+        m,
+        n,
+        m_padded,
+        x_stride,
+        FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
+        FORMAT=scale_format,
+        X_INVERSE="none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own",
+        KIND=kind,
+        BLOCK=a[1] if a is not None and kind == "own" else 1,
+        T_KIND=t_kind,
+        T_BLOCK=b[0] if b is not None and t_kind == "own" else 1,
+        T_GIVEN=given,
+        BM=128,
+        BN=128,
+        num_warps=4 if given else 8,
+    )
+    return data, scale, t_data, t_scale
+
+
+def transpose(x: torch.Tensor) -> torch.Tensor:
+    """(M, N) bytes, copied as (N, M)."""
+    m, n = x.shape
+    out = torch.empty((n, m), dtype=x.dtype, device=x.device)
+    kernels.transpose_kernel[_cdiv(m, 128), _cdiv(n, 128)](
+        x, out, m, n, x.stride(0), m, BM=128, BN=128, num_warps=8
+    )
+    return out
+
+
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+    """Twin of `numerics.fill_amaxes`: one launch for all parts alike in dtype and blocks."""
+    for alike in _alike(parts, lambda part: (part.x.dtype, tuple(part.blocks))):
+        x_base, out_base = alike[0].x, alike[0].amaxes[0]
+        entries = []
+        for x, (row_start, _), blocks, amaxes in alike:
+            places = {
+                block: _place(amax, out_base) for block, amax in zip(blocks, amaxes, strict=True)
+            }
+            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base))
+            places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
+            entries.append((*entry, *places_of))
+        bm, bn, steps, warps = _WEIGHT_AMAX_TILE
+        table, matrices = _table(tuple(entries), bm * steps, bn, x_base.device)
+        blocks = alike[0].blocks
+        kernels.fill_amaxes_kernel[(matrices.size(0),)](
+            x_base,
+            out_base.view(torch.int32),
+            table,
+            matrices,
+            ALIGNED=all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
+            WANT_ROW=ROW in blocks,
+            WANT_COLUMN=COLUMN in blocks,
+            WANT_TENSOR=TENSOR in blocks,
+            WANT_BLOCK=(128, 128) in blocks,
+            BM=bm,
+            BN=bn,
+            STEPS=steps,
+            num_warps=warps,
+        )
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """Twin of `numerics.cast_into`: one launch for all parts alike in dtype and block."""
+    for alike in _alike(parts, lambda part: (part.x.dtype, part.out.dtype, part.block)):
+        x_base, scale_base, out_base = alike[0].x, alike[0].scale, alike[0].out
+        block = alike[0].block
+        kind = {TENSOR: "tensor", ROW: "row"}.get(block, "block")
+        bm, bn = 64, 256 if kind != "block" else block[1]
+        entries = []
+        for x, (row_start, column_start), _, scale, out in alike:
+            scale_at = _place(scale, scale_base)
+            if kind == "block":
+                scale_at += column_start // block[1]
+            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
+            entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
+        table, matrices = _table(tuple(entries), bm, bn, x_base.device)
+        kernels.cast_kernel[(matrices.size(0),)](
+            x_base,
+            scale_base,
+            out_base,
+            table,
+            matrices,
+            ALIGNED=all(
+                e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
+            ),
+            KIND=kind,
+            BLOCK_ROWS=block[0] if kind == "block" else 1,
+            BM=bm,
+            BN=bn,
+            num_warps=8,
+        )
+
+
+_Part = TypeVar("_Part")
+
+
+def _alike(parts: Sequence[_Part], key: Callable[[_Part], Any]) -> Iterable[list[_Part]]:
+    groups: dict[Any, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(key(part), []).append(part)
+    return groups.values()
+
+
+def _place(x: torch.Tensor, base: torch.Tensor) -> int:
+    """Where x begins, in elements from where base does."""
+    return (x.data_ptr() - base.data_ptr()) // x.element_size()
+
+
+@functools.lru_cache(maxsize=256)
+def _table(
+    entries: tuple[tuple[int, ...], ...], bm: int, bn: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table of [Note: many matrices in one launch] in `triton_kernels`, and `matrix_ptr`.
+
+    Places and sizes stay the same from step to step, so that it is made once.
+
+    Args:
+        entries: per matrix: M, N, stride, the row at which it starts, and places.
+        bm, bn: what a program takes.
+    """
+    tiles = [_cdiv(entry[0], bm) * _cdiv(entry[1], bn) for entry in entries]
+    rows, first = [], 0
+    for entry, count in zip(entries, tiles, strict=True):
+        rows.append((*entry[:4], first, *entry[4:]))
+        first += count
+    matrices = torch.repeat_interleave(torch.tensor(tiles)).int()
+    table = torch.tensor(rows).pin_memory().to(device, non_blocking=True)
+    return table, matrices.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,53 @@
+"""The sizes of what the op `fp8dist::quantize` gives, which those who compute it agree on."""
+
+import functools
+
+from fp8dist.config import COLUMN, ROW, TENSOR, Block
+from fp8dist.numerics import token_multiple
+
+_KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
+
+
+def kind_of(block: Block | None) -> str:
+    """Which elements share a scale, as the kernels are told: see `triton_kernels`."""
+    return "none" if block is None else _KINDS.get(block, "own")
+
+
+Sizes = tuple[tuple[int, ...], ...]
+
+
+def sizes_of(
+    m: int, n: int, block: Block | None, t_block: Block | None, scale_format: str, given: bool
+) -> tuple[Sizes, int, int]:
+    """For x (M, N) in blocks `block`, and its transpose in what are blocks `t_block` of x.
+
+    Scales are (2, ...), see [Note: reciprocals], or e8m0 (1, ...). Within a row (or, of the
+    transpose, a column of x) blocks of a number of elements have theirs column by column.
+
+    Args:
+        given: the scales of the transpose are, and are not among what comes back.
+
+    Returns:
+        The sizes of data, scales, transposed data and its scales, (0, 0) where they are not wanted;
+        M padded for the transpose; how many amaxes have to be found before the cast.
+    """
+    kind, t_kind = kind_of(block), kind_of(t_block)
+    sizes: list[tuple[int, ...]] = [(0, 0)] * 4
+    copies = 1 if scale_format == "e8m0" else 2
+    m_padded, amaxes = m, 0
+    if block is not None:
+        sizes[0] = (m, n)
+        of_kind = {"tensor": (1, 1), "row": (m, 1)}
+        sizes[1] = (copies, *(of_kind.get(kind) or (n // block[1], m)))
+    if t_block is not None:
+        m_padded = m if given else m + -m % token_multiple(t_block)
+        sizes[2] = (n, m_padded)
+        if not given:
+            of_kind = {"tensor": (1, 1), "column": (n, 1)}
+            sizes[3] = (copies, *(of_kind.get(t_kind) or (m_padded // t_block[0], n)))
+    if not given:
+        amaxes = m * (kind == "row") + n * (t_kind == "column") + ("tensor" in (kind, t_kind))
+    return tuple(sizes), m_padded, amaxes
+
+
+cached_sizes_of = functools.lru_cache(maxsize=1024)(sizes_of)

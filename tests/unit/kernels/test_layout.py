@@ -1,0 +1,59 @@
+"""The op `fp8dist::quantize` gives what the compiler was told it gives."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fp8dist.config import RECIPES
+from fp8dist.kernels.layout import sizes_of
+
+M, N = 24, 128
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) -> None:
+    recipe = RECIPES[name]
+    for block, t_block in [
+        (recipe.input, recipe.input_for_grad_weight),
+        (recipe.input, None),
+        (None, recipe.grad_output_for_grad_weight),
+    ]:
+        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None)
+        real = torch.ops.fp8dist.quantize(torch.randn(M, N, device=device), *args)
+        with FakeTensorMode():
+            fake = torch.ops.fp8dist.quantize(torch.empty(M, N, device=device), *args)
+        for got, told in zip(real, fake, strict=True):
+            assert (got.shape, got.stride(), got.dtype) == (told.shape, told.stride(), told.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_derived_weight_is_as_the_fake(device: str) -> None:
+    weight = torch.randn(M, N, device=device).to(torch.float8_e4m3fn)
+    inverse, new_scale = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
+    args = (None, (-1, 1), torch.float8_e4m3fn, "power_of_2", inverse, new_scale, None)
+    real = torch.ops.fp8dist.quantize(weight, *args)
+    assert real[2].shape == (N, M), "rows of a weight are not padded"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.ops.fp8dist.quantize(weight, *args)
+    for got, told in zip(real, fake, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (told.shape, told.stride(), told.dtype)
+
+
+def test_scales_of_blocks_are_written_column_by_column() -> None:
+    sizes, m_padded, amaxes = sizes_of(100, 256, (1, 128), (128, 1), "power_of_2", False)
+    assert sizes == ((100, 256), (2, 2, 100), (256, 128), (2, 1, 256))
+    assert (m_padded, amaxes) == (128, 0)
+
+
+def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
+    for block, t_block, expected in [
+        ((-1, -1), (-1, -1), 1),
+        ((1, -1), (-1, 1), 24 + 128),
+        ((1, -1), (-1, -1), 24 + 1),
+        ((1, -1), None, 24),
+        (None, (-1, 1), 128),
+    ]:
+        assert sizes_of(M, N, block, t_block, "power_of_2", False)[2] == expected
+    assert sizes_of(M, N, None, (-1, 1), "power_of_2", True)[2] == 0
