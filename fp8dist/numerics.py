@@ -104,7 +104,8 @@ def amax_to_scale(
 
 def _amax_to_exponent(amax: torch.Tensor, float8_max: float) -> torch.Tensor:
     """ceil(log2(amax / float8_max)) as e8m0: uint8, the shape of amax (float32)."""
-    bits = (amax / float8_max).view(torch.int32)
+    # By a tensor: CUDA turns a division by a number into a product with its rounded reciprocal.
+    bits = (amax / torch.full_like(amax, float8_max)).view(torch.int32)
     rounded_up = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     return torch.where(amax.isnan(), 255, rounded_up.clamp(max=254)).to(torch.uint8)
 
