@@ -35,7 +35,7 @@ def quantize(
     new_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `fp8dist::quantize`, see `ops`: one pass for the amaxes, where the blocks are not
-    within a tile, and one that casts in both orientations.
+    within a tile or a row, and one that casts in both orientations.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -52,6 +52,20 @@ def quantize(
         return data, scale, t_data, t_scale
     kind, t_kind = kind_of(a), kind_of(b)
     x_stride = x.stride(0)
+    if kind == "row" and t_kind == "none":
+        kernels.quantize_rows_kernel[(m,)](
+            x,
+            data,
+            scale,
+            m,
+            n,
+            x_stride,
+            FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
+            FORMAT=scale_format,
+            BN=1024,
+            num_warps=4,
+        )
+        return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read
     if amaxes > 0:
         amax = torch.zeros(amaxes, dtype=torch.int32, device=device)

@@ -284,6 +284,37 @@ def quantize_kernel(
 
 
 @triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    data_ptr,
+    scale_ptr,
+    M,
+    N,
+    stride,
+    FLOAT8_EXPONENT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Cast x (M, N) by the scales of its rows: a program takes a row, which it reads twice, the
+    second time from the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.zeros((BN,), dtype=tl.int32)
+    for start in range(0, N, BN):
+        columns = start + tl.arange(0, BN)
+        x = tl.load(x_ptr + row * stride + columns, mask=columns < N, other=0.0)
+        most = tl.maximum(most, _abs_bits(x))
+    scale = amax_to_scale(tl.max(most, 0), FLOAT8_EXPONENT, FORMAT)
+    _store_scale(scale_ptr, row, M, scale, None, FORMAT)
+    for start in range(0, N, BN):
+        columns = start + tl.arange(0, BN)
+        mask = columns < N
+        x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+        scaled = (x * scale).to(data_ptr.dtype.element_ty)
+        tl.store(data_ptr + row * N + columns, scaled, mask=mask)
+
+
+@triton.jit
 def transpose_kernel(
     x_ptr, out_ptr, M, N, x_stride, out_stride, BM: tl.constexpr, BN: tl.constexpr
 ):
