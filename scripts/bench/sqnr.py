@@ -6,9 +6,10 @@ Prints two tables, and writes OUT.json and OUT.png:
 
 1. output, grad_input and grad_weight of one linear layer against float64, for fp8dist under FSDP2
    (one rank, so that backward multiplies the weight derived from what was gathered), for torchao's
-   recipes of the same name, and for bfloat16. All but the last compute on float32 tensors, and
-   the grad_weight that a recipe leaves in high precision is float32's. "quiet" is what a tenth of
-   a tensor's columns stay below: where outliers set the scale, it tells what the others get.
+   recipes of the same name, and for bfloat16. On a CPU all but the last compute on float32
+   tensors, on a GPU on bfloat16, as one trains there and its matmuls write; so is the grad_weight
+   that a recipe leaves in high precision. "quiet" is what a tenth of a tensor's columns stay
+   below: where outliers set the scale, it tells what the others get.
 2. the weight of grad_input, derived from the copy that was gathered for output, against the
    weight cast for grad_input directly, and against deriving it between scales that are not powers
    of two.
@@ -38,6 +39,7 @@ RESULTS = ("output", "grad_input", "grad_weight")
 TORCHAO_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 QUIET = 0.1
 HIGH_PRECISION_DB = 40
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input, weight, grad_output
 
@@ -132,7 +134,7 @@ def layer_rows(operands: Operands) -> dict[str, dict[str, list[float]]]:
     input, weight, grad_output = operands
     truth = truth_of(*operands)
 
-    def row(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float32) -> dict:
+    def row(make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = DTYPE) -> dict:
         linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device=DEVICE, dtype=dtype)
         with torch.no_grad():
             linear.weight.copy_(weight)
