@@ -97,6 +97,41 @@ def test_is_bitwise_torchaos(
     check_bitwise(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "recipe, dtype",
+    [
+        ("tensorwise", torch.bfloat16),
+        ("tensorwise", torch.float32),
+        # Torchao's matmuls of these write bfloat16 only.
+        ("rowwise", torch.bfloat16),
+        ("rowwise_with_gw_hp", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_is_bitwise_torchaos_on_float8_units(recipe: str, dtype: torch.dtype, tokens: int) -> None:
+    """The same kernels of cuBLAS on the same bytes."""
+    shape, device = (512, 1024), torch.device("cuda")
+    config = Float8Config(recipe, enable_fsdp_float8_all_gather=False)
+    if not hardware.has_matmul(device, config.recipe):
+        pytest.skip("no float8 units")
+    weight = (seeded(*shape, seed=1) / 8).to(device, dtype)
+    ours, theirs = (
+        nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype) for _ in range(2)
+    )
+    for layer in (ours, theirs):
+        layer.weight = nn.Parameter(weight.clone())
+    torchao_config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(recipe),
+        round_scales_to_power_of_2=config.recipe.scale_format == "power_of_2",
+    )
+    input = seeded(tokens, shape[1], seed=3).to(device, dtype).requires_grad_()
+    grad_output = seeded(tokens, shape[0], seed=4).to(device, dtype)
+    found = run(Float8Linear.from_float(ours, config), input, grad_output)
+    expected = run(TorchaoLinear.from_float(theirs, torchao_config), input, grad_output)
+    check_bitwise(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["zeros", "wide", "outlier", "nan", "inf"])
 def test_unusual_values_go_through_as_in_torchao(kind: str) -> None:
     ours, theirs = pair(bias=True)

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from fp8dist import Float8Config, Float8Linear
+from fp8dist import Float8Config, Float8Linear, numerics
+from fp8dist.config import RECIPES, Recipe
+from fp8dist.tensors.float8_tensor import Float8Tensor
 
 K = 64
 CPP_COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
@@ -104,3 +108,90 @@ def test_recomputing_activations_changes_nothing(use_reentrant: bool) -> None:
     found = gradients_of(block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant))
     for value, other in zip(expected, found, strict=True):
         assert torch.equal(other, value)
+
+
+@pytest.mark.skipif(not CPP_COMPILER, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "tokens, inputs, outputs", [(128, 128, 256), (256, 384, 512), (24, 128, 128)]
+)
+def test_every_recipe_compiles(recipe: str, tokens: int, inputs: int, outputs: int) -> None:
+    """Among them sizes at which inductor fails if it is to fuse casts in two orientations.
+
+    Casts are not compiled, so their bytes are eager's. What is left are the sums of dequantized
+    products in another order: far above 100 dB in float32.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = Float8Config(recipe, emulate=True)
+    layer = Float8Linear.from_float(nn.Linear(inputs, outputs), config)
+
+    def results(run: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+        layer.zero_grad()
+        input = seeded(tokens, inputs, seed=3).requires_grad_()
+        output = run(input)
+        output.backward(seeded(tokens, outputs, seed=4))
+        return [output.detach(), input.grad, layer.weight.grad]
+
+    expected = results(layer)
+    for value, found in zip(expected, results(torch.compile(layer, fullgraph=True)), strict=True):
+        assert sqnr(value, found) > 100 or torch.equal(value, found)
+
+
+def arrived(linear: nn.Linear, recipe: Recipe) -> nn.Parameter:
+    """The weight as an all-gather leaves it."""
+
+    def scales(block: tuple[int, int]) -> torch.Tensor:
+        amax = numerics.amax(linear.weight.detach(), block)
+        scale = numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format)
+        if recipe.scale_format == "e8m0":
+            return numerics.scale_to_exponent(scale)[None]
+        return torch.stack([scale.reciprocal(), scale])
+
+    scale = numerics.quantize(
+        linear.weight.detach(), recipe.weight, recipe.weight_dtype, recipe.scale_format
+    )
+    others = recipe.weight_for_grad_input != recipe.weight and recipe.scale_format != "e8m0"
+    weight = Float8Tensor(
+        scale.data,
+        scales(recipe.weight),
+        linear.weight.shape,
+        torch.float32,
+        scales(recipe.weight_for_grad_input) if others else None,
+    )
+    return nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_made_of_the_weight_is_kept_from_forward(recipe: str) -> None:
+    """FSDP2 frees the weight in between; what the compiler kept of it would stay allocated."""
+    torch._dynamo.reset()
+    layers = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
+    for i, layer in enumerate(layers):
+        weight = arrived(layer, RECIPES[recipe])
+        layers[i] = Float8Linear.from_float(layer, Float8Config(recipe, emulate=True))
+        layers[i].weight = weight
+    graphs: dict[str, torch.fx.GraphModule] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs[name] = graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    compiled = torch.compile(layers, fullgraph=True, backend=backend)
+    compiled(seeded(32, 128, seed=1).requires_grad_()).sum().backward()
+
+    def casts_of_weights(name: str) -> int:
+        casts = [node for node in graphs[name].graph.nodes if "fp8dist" in str(node.target)]
+        return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in casts)
+
+    derived = RECIPES[recipe].weight != RECIPES[recipe].weight_for_grad_input
+    assert casts_of_weights("forward") == 0
+    assert casts_of_weights("backward") == (2 if derived else 0), "the weights of grad_input"
