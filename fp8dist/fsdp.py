@@ -10,14 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from fp8dist.linear import Float8Linear
+from fp8dist.tensors.placement import cut_of, join
 from fp8dist.tensors.sharded_weight import check_reshard, is_sharded
-from fp8dist.tensors.weight_state import (
-    WeightState,
-    cast_payloads,
-    local_shard,
-    shard_group,
-    update_scales,
-)
+from fp8dist.tensors.weight_state import WeightState, cast_payloads, local_shard, update_scales
+
+Weight = tuple[WeightState, DTensor]
 
 
 def _roots(module_or_modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -26,7 +23,7 @@ def _roots(module_or_modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module
     return list(module_or_modules)
 
 
-def _sharded_weights(roots: list[nn.Module]) -> Iterator[tuple[WeightState, DTensor]]:
+def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
     seen: set[WeightState] = set()
     for root in roots:
         for module in root.modules():
@@ -38,7 +35,30 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[tuple[WeightState, DTen
                 param, state.scales = state.seen.param, None
             if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
                 seen.add(state)
+                if state.gathered is None:
+                    # FSDP2 says so to the compiler; a weight that it ignores is found out later.
+                    state.set_gathered(getattr(module, "_is_fsdp_managed_module", False))
                 yield state, param
+
+
+def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weight]]:
+    """Weights by the group whose ranks hold them together; None: one rank holds all of each.
+
+    Where FSDP2 and tensor parallelism together cut some weights, their ranks form one group, and
+    weights that only one of the two cuts go with it.
+    """
+    joint: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+    for state, param in weights:
+        state.shard_now(param)
+    for state, param in weights:
+        if len(state.groups) == 2:
+            cut = cut_of(param, fqn=state.fqn)
+            joint.update(dict.fromkeys(state.groups, join(param, cut, state.groups)))
+    by_group: dict[dist.ProcessGroup | None, list[Weight]] = {}
+    for state, param in weights:
+        group = state.groups[0] if state.groups else None
+        by_group.setdefault(group and joint.get(group, group), []).append((state, param))
+    return by_group
 
 
 @torch.no_grad()
@@ -49,7 +69,9 @@ def precompute_float8_dynamic_scale_for_fsdp(
 
     Call it after `optimizer.step()`, and after any other edit of the weights, on all ranks.
     The all-gathers until the next step then communicate nothing but payloads. Weights on
-    disjoint meshes cost one all-reduce per mesh.
+    disjoint meshes cost one all-reduce per mesh. Under FSDP2 with tensor parallelism it is one over
+    the ranks of both, whose group the first call makes: all ranks of the root mesh must make it,
+    whatever pipeline stage they have.
 
     Between a forward and its backward the weights must not be edited, as without float8.
     Edits of a state dict's tensors by foreach functions, through `.data` or numpy, or by a
@@ -58,22 +80,21 @@ def precompute_float8_dynamic_scale_for_fsdp(
     All ranks are assumed to make the same edits to their shards, as FSDP2 assumes throughout.
 
     Args:
-        module_or_modules: a model, or the parts of one (pipeline stages), after `fully_shard`.
-            Modules without float8 weights are passed over.
+        module_or_modules: a model, or the parts of one (pipeline stages), after
+            `parallelize_module` and `fully_shard`. Modules without float8 weights are passed over.
 
     Raises:
-        ValueError: `fully_shard` was given an int for `reshard_after_forward`.
+        ValueError: `fully_shard` was given an int for `reshard_after_forward`; a weight is placed
+            in a way that cannot be gathered in float8, or tensor parallelism cuts it into parts
+            that its recipe cannot scale.
     """
     roots = _roots(module_or_modules)
     for root in roots:
         check_reshard(root)
-    by_group: dict[dist.ProcessGroup, list[tuple[WeightState, DTensor]]] = {}
-    for state, param in _sharded_weights(roots):
-        by_group.setdefault(shard_group(param), []).append((state, param))
-    for weights in by_group.values():
+    for group, weights in _by_group(list(_sharded_weights(roots))).items():
         states = [state for state, _ in weights]
         params = [param for _, param in weights]
-        update_scales(states, params)
+        update_scales(states, params, () if group is None else (group,))
         # Under CPU offload FSDP2 moves the shard to the device at each all-gather, and it is cast
         # there.
         cached = [

@@ -18,15 +18,18 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a weight.
+    """A rank's shard of a weight, or of the part of one that tensor parallelism leaves to it.
 
     Args:
         data: (n, K) or (N, k), high precision; may be empty.
-        size: (N, K) of the weight.
-        start: the row and column of the weight at which the shard begins.
+        size: (N, K) of what is gathered: the weight, or the part of it.
+        start: the row and column of that at which the shard begins.
         largest: the size of the largest shard, rank 0's.
-        world: how many ranks the weight is sharded over; the last may have nothing.
         recipe: the weight's recipe.
+        world: how many ranks it is sharded over; the last may have nothing.
+        weight_size: the size of the weight, if that is more than `size`.
+        part_start: the row and column of the weight at which the part begins; like `size`, where
+            that is less, a multiple of the recipe's blocks.
     """
 
     data: torch.Tensor
@@ -35,6 +38,13 @@ class Shard:
     largest: Size
     recipe: Recipe
     world: int = 1
+    weight_size: Size | None = None
+    part_start: Size = (0, 0)
+
+    @property
+    def whole(self) -> Size:
+        """The size of the weight."""
+        return self.weight_size or self.size
 
     @property
     def packed(self) -> bool:
@@ -72,7 +82,15 @@ class Shard:
         if self.recipe.scale_format != "e8m0" or self.packed:
             return 0, 0, 0
         scales = self.largest[1] // self.recipe.weight[1]
-        return self.size[0], self.size[1] // self.largest[1], -(-scales // 4)
+        return self.whole[0], self.whole[1] // self.largest[1], -(-scales // 4)
+
+    def of_part(self, per_block: torch.Tensor, block: Block) -> torch.Tensor:
+        """What belongs to the part, a view, of a tensor with an element per block of the weight."""
+        for dim, side in enumerate(block):
+            if side != WHOLE:
+                start, extent = self.part_start[dim] // side, self.size[dim] // side
+                per_block = per_block.narrow(dim, start, extent)
+        return per_block
 
 
 def scales_size(size: Size, block: Block) -> Size:
@@ -85,23 +103,24 @@ def scales_size(size: Size, block: Block) -> Size:
 
 
 def compute_scales(
-    shards: Sequence[Shard], group: dist.ProcessGroup, device: torch.device
+    shards: Sequence[Shard], groups: Sequence[dist.ProcessGroup], device: torch.device
 ) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.Tensor, list[int]]:
     """The scales of all weights, with one all-reduce.
 
     Args:
-        group: the ranks that together hold the weights.
+        groups: the ranks that together hold the weights; one group, or where there is none of
+            all of them, the groups along each mesh dimension, at an all-reduce each.
         device: where the collective runs.
 
     Returns:
         scales: for each weight, per `reduced_blocks` the reciprocals and the scales, float32,
-            of `scales_size`, views of two buffers; or (exponents,), uint8, (N, K / 32); nothing if
-            it is packed.
+            of `scales_size` of what is gathered, views of two buffers; or (exponents,), uint8,
+            (N, K / 32); nothing if it is packed.
         amaxes: 1-D, float32: all amaxes of the full weights.
         ends: for each weight, where its amaxes end in `amaxes`.
     """
     regions = [(shard, block) for shard in shards for block in shard.reduced_blocks]
-    sizes = [scales_size(shard.size, block) for shard, block in regions]
+    sizes = [scales_size(shard.whole, block) for shard, block in regions]
     amax_count = sum(rows * columns for rows, columns in sizes)
     word_sizes = [shard.exponent_words for shard in shards]
     word_counts = [math.prod(size) for size in word_sizes]
@@ -116,7 +135,8 @@ def compute_scales(
     for shard, shard_words in zip(shards, all_words, strict=True):
         _fill_exponents(shard, shard_words)
     if flat.numel() > 0:
-        all_reduce_amaxes(flat, group)
+        for group in groups:
+            all_reduce_amaxes(flat, group)
     scales = iter(_scales(amaxes, regions, sizes))
     by_weight: list[list[tuple[torch.Tensor, ...]]] = [
         [(_exponents(shard, shard_words),)]
@@ -125,7 +145,7 @@ def compute_scales(
         for shard, shard_words in zip(shards, all_words, strict=True)
     ]
     counts = [
-        sum(math.prod(scales_size(shard.size, block)) for block in shard.reduced_blocks)
+        sum(math.prod(scales_size(shard.whole, block)) for block in shard.reduced_blocks)
         for shard in shards
     ]
     return by_weight, amaxes, list(accumulate(counts))
@@ -139,15 +159,15 @@ def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
     parts, copies, i = [], [], 0
     for shard in shards:
         blocks = shard.reduced_blocks
-        mine, i = amaxes[i : i + len(blocks)], i + len(blocks)
+        of_weight, i = amaxes[i : i + len(blocks)], i + len(blocks)
         if shard.data.numel() == 0 or not blocks:
             continue
-        if shard.data.device != mine[0].device:
-            # Under CPU offload the shard is on the CPU and the buffer is not.
-            targets = [amax.to(shard.data.device) for amax in mine]
-            copies += list(zip(mine, targets, strict=True))
-            mine = targets
-        parts.append(AmaxPart(shard.data, shard.start, blocks, mine))
+        mine = [shard.of_part(*of_block) for of_block in zip(of_weight, blocks, strict=True)]
+        # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard is on
+        # the CPU and the buffer is not.
+        targets = [amax.to(shard.data.device).contiguous() for amax in mine]
+        copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
+        parts.append(AmaxPart(shard.data, shard.start, blocks, targets))
     kernels.fill_amaxes(parts)
     for amax, filled in copies:
         amax.copy_(filled)
@@ -169,13 +189,15 @@ def _fill_exponents(shard: Shard, words: torch.Tensor) -> None:
     exponents = numerics.scale_to_exponent(scale)
     padded = F.pad(exponents, (0, words.size(2) * 4 - exponents.size(1)))
     row, chunk = shard.start[0], shard.start[1] // shard.largest[1]
-    words[row : row + padded.size(0), chunk].copy_(padded.view(torch.int32) ^ _FLIP)
+    of_rows = shard.of_part(words, (1, shard.largest[1]))[row : row + padded.size(0)]
+    of_rows[:, chunk].copy_(padded.view(torch.int32) ^ _FLIP)
 
 
 def _exponents(shard: Shard, words: torch.Tensor) -> torch.Tensor:
-    """The e8m0 scales of the whole weight, (N, K / 32), from its words of all ranks."""
+    """The e8m0 scales of what is gathered, (N, K / 32), from the weight's words of all ranks."""
     scales = shard.largest[1] // shard.recipe.weight[1]
-    return (words ^ _FLIP).view(torch.uint8)[:, :, :scales].flatten(1)
+    mine = shard.of_part(words, (1, shard.largest[1])) ^ _FLIP
+    return mine.view(torch.uint8)[:, :, :scales].flatten(1)
 
 
 def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -203,8 +225,11 @@ def _scales(
         ):
             recipe = shard.recipe
             out.copy_(numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format))
-    pairs = zip(_split(scale.reciprocal(), sizes), _split(scale, sizes), sizes, strict=True)
-    return [(inverse.view(size), part.view(size)) for inverse, part, size in pairs]
+    pairs = zip(_split(scale.reciprocal(), sizes), _split(scale, sizes), strict=True)
+    return [
+        (shard.of_part(inverse.view(size), block), shard.of_part(part.view(size), block))
+        for (inverse, part), size, (shard, block) in zip(pairs, sizes, regions, strict=True)
+    ]
 
 
 def payload_columns(shard: Shard) -> int:
@@ -221,7 +246,7 @@ def cast_payloads(
     """Cast shards into the bytes that their rank contributes to the all-gathers.
 
     Args:
-        scales: float32, the scales of each whole weight; None if its shard is packed.
+        scales: float32, the scales of all of what is gathered; None if a shard is packed.
         payloads: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
     """
     parts = []

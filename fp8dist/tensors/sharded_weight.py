@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def is_sharded(param: torch.Tensor | None) -> bool:
-    """Whether this is a parameter that FSDP2 has sharded and gathers in float8."""
+    """Whether this is a parameter that FSDP2 or tensor parallelism has sharded, to be float8."""
     return isinstance(param, DTensor) and isinstance(param._local_tensor, Float8ShardedWeight)
 
 
@@ -64,12 +64,22 @@ def _warn_stale(fqn: str) -> None:
     if not _warned_stale:
         _warned_stale = True
         logger.warning(
-            "%s was edited after its float8 scales were computed; they are computed again at the "
-            "all-gather, with one more collective per weight. Call "
+            "%s was edited after its float8 scales were computed; they are computed again where "
+            "the weight is used, with one more collective per weight. Call "
             "fp8dist.precompute_float8_dynamic_scale_for_fsdp(model) after optimizer.step(), or "
             "fp8dist.register_precompute_hook(optimizer, model) once",
             fqn,
         )
+
+
+def _make_current(state: WeightState, param: DTensor) -> None:
+    """Compute the scales of an edited weight; see [Note: noticing edits]."""
+    if state.seen is None or not state.seen.still_holds(param):
+        if state.seen is not None and state.scales:
+            _warn_stale(state.fqn)
+        update_scales([state], [param])
+    else:
+        state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
 
 
 # Ops whose result is a new place for the parameter: FSDP2 and `to_empty` move one with them.
@@ -174,12 +184,13 @@ class Float8ShardedWeight(torch.Tensor):
             raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
         if state.seen is None:
             check_reshard(state.root())
-        if state.seen is None or not state.seen.still_holds(param):
-            if state.seen is not None and state.scales:
-                _warn_stale(state.fqn)
-            update_scales([state], [param])
-        else:
-            state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
+        state.set_gathered(True)
+        _make_current(state, param)
+        if state.shard_now(param).size != tuple(outer_size):
+            raise AssertionError(
+                f"{state.fqn}: FSDP2 gathers {tuple(outer_size)} of a weight placed as "
+                f"{param.placements}"
+            )
         return (state.current_payload(self._tensor, param),), (state.scales, outer_size)
 
     def fsdp_post_all_gather(
@@ -204,23 +215,65 @@ class Float8ShardedWeight(torch.Tensor):
         """
         (payload,) = all_gather_outputs
         scales, size = metadata
-        own_scales = scales[0] if scales else None
-        scales_for_grad_input = scales[1] if len(scales) > 1 else None
         if out is not None:
             unsharded = out._local_tensor if isinstance(out, DTensor) else out
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
-            unsharded._scales = own_scales
-            unsharded._scales_for_grad_input = scales_for_grad_input
+            unsharded._scales, unsharded._scales_for_grad_input = _by_use(scales)
             return None
-        # Ranks pad their rows at the end, and dim 1 has been put together: the weight's rows are
-        # contiguous.
-        if own_scales is None:
-            data = payload.view(size[0], -1)  # packed
-        else:
-            data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
-        weight = Float8Tensor(data, own_scales, size, param_dtype, scales_for_grad_input)
-        return weight, (payload,)
+        return _float8(payload, scales, size, param_dtype), (payload,)
+
+
+def _by_use(scales: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`WeightState.scales` as `Float8Tensor` takes them."""
+    return scales[0] if scales else None, scales[1] if len(scales) > 1 else None
+
+
+def _float8(
+    payload: torch.Tensor, scales: list[torch.Tensor], size: torch.Size, dtype: torch.dtype
+) -> Float8Tensor:
+    """What is gathered of a weight, `size` and standing for `dtype`, from the payloads of all ranks
+    and `WeightState.scales`.
+    """
+    own_scales, scales_for_grad_input = _by_use(scales)
+    # Ranks pad their rows at the end, and dim 1 has been put together: the weight's rows are
+    # contiguous.
+    if own_scales is None:
+        data = payload.view(size[0], -1)  # packed
+    else:
+        data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
+    return Float8Tensor(data, own_scales, size, dtype, scales_for_grad_input)
+
+
+@torch.no_grad()
+def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Float8Tensor:
+    """This rank's part, in float8, of a weight over tensor parallelism alone: nothing is gathered.
+
+    It is cast once per optimizer step, by `precompute_float8_dynamic_scale_for_fsdp`. After an
+    edit since then it is cast here, with one all-reduce over the TP ranks and one warning; the
+    first time, without a precompute before, with the all-reduce and no warning. All ranks call it
+    at the same point, as they do for the all-gather of FSDP2.
+
+    Args:
+        state: the `weight_state` of the layer.
+        param: its weight, a DTensor whose `_local_tensor` is a `Float8ShardedWeight`, cut by
+            Shard(0) or Shard(1) over one mesh dimension.
+        dtype: the high-precision dtype that the result stands for, in which the layer computes.
+
+    Returns:
+        (N / ranks, K) or (N, K / ranks), no gradient. Its data are overwritten at the next
+        precompute if the payload is cached, its scales always: they are for one step.
+
+    Raises:
+        ValueError: see `placement.cut_of` and `placement.check_part`; before any collective.
+    """
+    state.set_gathered(False)
+    _make_current(state, param)
+    shard = state.shard_now(param)
+    if state.scales is None:
+        raise AssertionError(f"{state.fqn}: no scales of a weight that was just looked at")
+    payload = state.current_payload(shard.data, param)
+    return _float8(payload, state.scales, torch.Size(shard.size), dtype)
 
 
 # FSDP2 asks for the signature at every all-gather; so it need not be put together each time.

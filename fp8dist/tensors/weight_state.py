@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from fp8dist import numerics, precompute
-from fp8dist.config import Float8Config, Recipe
+from fp8dist.config import Float8Config
+from fp8dist.tensors.placement import Groups, cut_of, groups_of, known_groups, shard_of
 
 logger = logging.getLogger("fp8dist")
 
@@ -26,9 +26,9 @@ logger = logging.getLogger("fp8dist")
 #   - code that edits the plain tensors of a state dict in place (`dcp.load`) moves the `_version`
 #     of the inner tensor only.
 #   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
-# An all-gather compares all of them with what `Seen` recorded when the scales were computed. Not
-# seen are edits of a state dict's tensors that move no version: by foreach functions, through
-# `.data`, numpy or a collective.
+# An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
+# scales were computed. Not seen are edits of a state dict's tensors that move no version: by
+# foreach functions, through `.data`, numpy or a collective.
 #
 # Whether to communicate must not depend on the rank. FSDP2's lazy initialisation moves the shard
 # to a padded buffer on the ranks whose shard is short, and on those only. Such a buffer's `Edits`
@@ -114,6 +114,9 @@ class WeightState:
         self.config = config
         self.fqn = fqn
         self.root = weakref.ref(root) if root is not None else lambda: None
+        # Whether FSDP2 gathers the weight; otherwise it is over tensor parallelism alone. None
+        # until something uses the weight or can tell.
+        self.gathered: bool | None = None
         self.seen: Seen | None = None
         # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
         # them, and the compiler mishandled views at an offset (pytorch#155690). The first is for
@@ -121,6 +124,7 @@ class WeightState:
         # (1, ...), e8m0, uint8.
         self.scales: list[torch.Tensor] | None = None
         self.shard: tuple[DTensor, precompute.Shard] | None = None  # see `shard_now`
+        self.groups: Groups = ()  # who hold the weight together, set with `shard`
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
         self.finite: _Finite | None = None
@@ -132,8 +136,17 @@ class WeightState:
         """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""
         data = local_shard(param)._tensor
         if self.shard is None or self.shard[0] is not param or self.shard[1].data is not data:
-            self.shard = param, shard_of(param, self.config.recipe)
+            gathered = self.gathered is not False
+            self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn)
+            self.groups = groups_of(param, cut_of(param, gathered, self.fqn))
         return self.shard[1]
+
+    def set_gathered(self, gathered: bool) -> None:
+        """Learn whether FSDP2 gathers the weight; what was computed otherwise is forgotten."""
+        if self.gathered is not gathered:
+            self.gathered = gathered
+            self.seen = self.scales = self.shard = self.payload = None
+            self.payload_is_current = False
 
     def current_payload(self, data: torch.Tensor, param: DTensor) -> torch.Tensor:
         """The bytes this rank contributes, cast if the cached ones are not current.
@@ -164,67 +177,21 @@ class WeightState:
             _report_non_finite([self], torch.where(bad, torch.inf, 0.0), [1])
 
 
-def shard_mesh_dim(param: DTensor) -> int:
-    """The mesh dimension whose ranks together hold the parameter.
-
-    Under HSDP each replica holds it whole, so the mesh's replicate dimension is left out.
-    """
-    sharded = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
-    if len(sharded) != 1:
-        raise ValueError(
-            f"a float8 weight is placed as {param.placements} on {param.device_mesh}: fp8dist "
-            "gathers weights that fully_shard has sharded over one mesh dimension (FSDP, HSDP), "
-            "without tensor parallelism"
-        )
-    return sharded[0]
-
-
-def shard_group(param: DTensor) -> dist.ProcessGroup:
-    return param.device_mesh.get_group(shard_mesh_dim(param))
-
-
-def padded_shard_size(param: DTensor) -> tuple[int, int]:
-    """The size of the largest shard, rank 0's."""
-    mesh_dim = shard_mesh_dim(param)
-    placement = param.placements[mesh_dim]
-    if not isinstance(placement, Shard):
-        raise AssertionError(f"FSDP2 shards parameters, found {placement}")
-    rows, columns = param.shape
-    world = param.device_mesh.size(mesh_dim)
-    return (-(-rows // world), columns) if placement.dim == 0 else (rows, -(-columns // world))
-
-
-def shard_of(param: DTensor, recipe: Recipe, data: torch.Tensor | None = None) -> precompute.Shard:
-    """A parameter's shard on this rank, and where it lies in the weight.
+def update_scales(
+    states: list[WeightState], params: list[DTensor], groups: Groups | None = None
+) -> None:
+    """Compute the scales of parameters that one group holds together: one all-reduce for all.
 
     Args:
-        data: the shard's data, if it is not to be the parameter's (CPU offload).
+        groups: as `precompute.compute_scales` takes them, if not those of the first parameter.
     """
-    data = local_shard(param)._tensor if data is None else data
-    rows, columns = param.shape
-    padded = padded_shard_size(param)
-    mesh_dim = shard_mesh_dim(param)
-    rank, world = param.device_mesh.get_local_rank(mesh_dim), param.device_mesh.size(mesh_dim)
-    row, column = (
-        0 if extent == largest else min(rank * largest, extent)
-        for extent, largest in zip((rows, columns), padded, strict=True)
-    )
-    if recipe.scale_format == "e8m0" and padded[1] % recipe.weight[1]:
-        raise ValueError(
-            f"a weight of {rows} x {columns} is sharded on dim 1 into {padded[1]} columns, not a "
-            f"multiple of the {recipe.weight[1]} that recipe {recipe.name!r} scales together: "
-            "shard it on dim 0"
-        )
-    return precompute.Shard(data, (rows, columns), (row, column), padded, recipe, world)
-
-
-def update_scales(states: list[WeightState], params: list[DTensor]) -> None:
-    """Compute the scales of parameters sharded over one group: one all-reduce for all."""
     shards = [state.shard_now(param) for state, param in zip(states, params, strict=True)]
+    if groups is None:
+        groups = known_groups(states[0].groups)
     device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
-    scales, amaxes, ends = precompute.compute_scales(shards, shard_group(params[0]), device)
+    scales, amaxes, ends = precompute.compute_scales(shards, groups, device)
     _take_scales(states, scales)
     for state, param in zip(states, params, strict=True):
         state.seen = Seen.now(param)

@@ -68,9 +68,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
     update_scales = weight_state.update_scales
 
-    def noting(some: list[weight_state.WeightState], params: list[Any]) -> None:
+    def noting(some: list[weight_state.WeightState], *args: Any) -> None:
         calls.append([state.fqn for state in some])
-        update_scales(some, params)
+        update_scales(some, *args)
 
     for module in (fp8dist.fsdp, sharded_weight):
         monkeypatch.setattr(module, "update_scales", noting)

@@ -77,7 +77,7 @@ def test_a_group_of_one_communicates_nothing(peer: dict[str, Any]) -> None:
 
 def compute(shards: list[Shard]) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
     """As `precompute.compute_scales`, without the reciprocals, which are checked here."""
-    scales, amaxes, ends = precompute.compute_scales(shards, Group(1), CPU)
+    scales, amaxes, ends = precompute.compute_scales(shards, [Group(1)], CPU)
     for inverse, scale in sum(scales, []):
         torch.testing.assert_close(inverse, 1 / scale, rtol=0, atol=0, equal_nan=True)
     return [[scale for _, scale in of_weight] for of_weight in scales], amaxes, ends
@@ -170,7 +170,7 @@ def test_recipes_of_several_scale_formats_share_one_pass() -> None:
 def test_one_all_reduce_for_all_weights(peer: dict[str, Any]) -> None:
     weights = [hp_weight(seed=i) for i in range(3)]
     peer["amaxes"] = torch.tensor([100.0, 0.0, 200.0])
-    scales, amaxes, _ = precompute.compute_scales([whole(w) for w in weights], Group(2), CPU)
+    scales, amaxes, _ = precompute.compute_scales([whole(w) for w in weights], [Group(2)], CPU)
     assert peer["calls"] == 1
     assert amaxes.tolist() == [100.0, weights[1].abs().max().item(), 200.0]
     assert scales[0][0][1].item() == torch.tensor(448 / 100.0).item()
@@ -183,7 +183,7 @@ def test_scales_on_a_gpu_are_those_on_the_cpu() -> None:
     for recipe in (TENSORWISE, RECIPES["rowwise"]):
         on_cpu = compute([whole(weight, recipe) for weight in weights])
         on_gpu = precompute.compute_scales(
-            [whole(weight.cuda(), recipe) for weight in weights], Group(1), torch.device("cuda")
+            [whole(weight.cuda(), recipe) for weight in weights], [Group(1)], torch.device("cuda")
         )
         torch.testing.assert_close(on_gpu[1].cpu(), on_cpu[1], rtol=0, atol=0, equal_nan=True)
         for (inverse, gpu), cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):

@@ -13,13 +13,13 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 import fp8dist
 from fp8dist import Float8Config
 from fp8dist.tensors import sharded_weight, weight_state
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
-from fp8dist.tensors.weight_state import Seen, WeightState, padded_shard_size, update_scales
+from fp8dist.tensors.weight_state import Seen, WeightState, update_scales
 
 N, K = 48, 32
 
@@ -171,6 +171,8 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
         def get_local_rank(self, dim: int) -> int:
             return 4
 
+        def get_group(self, dim: int) -> None: ...
+
     class Param:
         shape, placements, device_mesh = torch.Size((N, K)), (Shard(0),), Mesh()
 
@@ -200,44 +202,6 @@ def test_update_scales_takes_many_weights_at_once(
         assert layer.weight_state.scales[0][1].item() == quantized(hp_weight() * (i + 1))[1].item()
     storages = {layer.weight_state.scales[0].untyped_storage().data_ptr() for layer in layers}
     assert len(storages) == 3, "each in a storage of its own"
-
-
-# --- placements
-
-
-def placed(mesh: DeviceMesh, *placements: Any) -> DTensor:
-    return DTensor.from_local(Float8ShardedWeight(hp_weight()), mesh, placements, run_check=False)
-
-
-def test_a_weight_sharded_over_two_mesh_dimensions_is_refused(mesh: DeviceMesh) -> None:
-    square = DeviceMesh("cpu", torch.zeros(1, 1, dtype=torch.int), mesh_dim_names=("dp", "tp"))
-    with pytest.raises(ValueError, match=r"placed as .*without tensor parallelism"):
-        weight_state.shard_mesh_dim(placed(square, Shard(0), Shard(0)))
-    with pytest.raises(ValueError, match="placed as"):
-        weight_state.shard_mesh_dim(placed(mesh, Replicate()))
-
-
-def test_under_hsdp_the_shard_dimension_counts() -> None:
-    square = DeviceMesh("cpu", torch.zeros(1, 1, dtype=torch.int), mesh_dim_names=("rep", "shard"))
-    param = placed(square, Replicate(), Shard(0))
-    assert weight_state.shard_mesh_dim(param) == 1
-    assert weight_state.shard_group(param) is square.get_group("shard")
-
-
-@pytest.mark.parametrize(
-    ("ranks", "dim", "expected"),
-    [(1, 0, (48, 32)), (5, 0, (10, 32)), (64, 0, (1, 32)), (3, 1, (48, 11))],
-)
-def test_padded_shard_size(ranks: int, dim: int, expected: tuple[int, int]) -> None:
-    class Mesh:
-        def size(self, mesh_dim: int) -> int:
-            return [7, ranks][mesh_dim]
-
-    class Param:
-        shape, device_mesh = torch.Size((N, K)), Mesh()
-        placements = (Replicate(), Shard(dim))
-
-    assert padded_shard_size(Param()) == expected
 
 
 # --- outdated or not
