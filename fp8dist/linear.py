@@ -5,12 +5,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fp8dist import kernels
-from fp8dist.config import HP_DTYPES, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
+from fp8dist.tensors.float8_activation import Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_state import WeightState
@@ -19,6 +20,26 @@ from fp8dist.tensors.weight_state import WeightState
 def _hp(weight: torch.Tensor) -> torch.Tensor:
     # A Float8ShardedWeight is met here where FSDP2 does not shard the layer.
     return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+
+
+def _operands(
+    x: torch.Tensor,
+    block: Block | None,
+    transposed_block: Block | None,
+    float8_dtype: torch.dtype,
+    recipe: Recipe,
+) -> tuple[Scaled | None, Scaled | None]:
+    """x (M, K) for a matmul that contracts K and x^T for one that contracts M, as they are wanted:
+    cast here, or from what has arrived in float8.
+    """
+    if not isinstance(x, Float8Activation):
+        return kernels.quantize_both(x, block, transposed_block, float8_dtype, recipe.scale_format)
+    arrived, transposed = x.scaled(), None
+    if transposed_block is not None:
+        transposed = kernels.rescale_transposed(
+            arrived, transposed_block, None, recipe.scale_format
+        )
+    return (None if block is None else arrived), transposed
 
 
 def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
@@ -78,10 +99,10 @@ class _Float8Matmul(torch.autograd.Function):
         recipe = config.recipe
         # In here gradients are off, whether or not there will be a backward.
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
-        block = recipe.input_for_grad_weight if needs_weight_grad else None
-        scaled, transposed = kernels.quantize_both(
-            input, recipe.input, block, recipe.input_dtype, recipe.scale_format
-        )
+        # What arrived is kept as it is: several layers share it, whose transposes would not.
+        arrived = isinstance(input, Float8Activation)
+        block = recipe.input_for_grad_weight if needs_weight_grad and not arrived else None
+        scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
         saved = (input,)
         if transposed is not None:
             inverse = () if transposed.inverse is None else (transposed.inverse,)
@@ -107,12 +128,12 @@ class _Float8Matmul(torch.autograd.Function):
         recipe = config.recipe
         needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         input_block = recipe.input_for_grad_weight
-        scaled, transposed = kernels.quantize_both(
+        scaled, transposed = _operands(
             grad_output,
             recipe.grad_output if needs_input_grad else None,
             recipe.grad_output_for_grad_weight if needs_weight_grad else None,
             recipe.grad_output_dtype,
-            recipe.scale_format,
+            recipe,
         )
         grad_input = grad_weight = None
         if scaled is not None:
@@ -125,10 +146,14 @@ class _Float8Matmul(torch.autograd.Function):
                 emulate=config.emulate,
             )
         if transposed is not None and input_block is not None:
-            data, scale, *inverse = saved_input
+            if isinstance(saved_input[0], Float8Activation):
+                _, saved = _operands(saved_input[0], None, input_block, recipe.input_dtype, recipe)
+            else:
+                data, scale, *inverse = saved_input
+                saved = Scaled(data, scale, (input_block[1], input_block[0]), *inverse)
             grad_weight = scaled_matmul(
                 transposed,
-                Scaled(data, scale, (input_block[1], input_block[0]), *inverse),
+                _wanted(saved),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_weight,
@@ -137,6 +162,16 @@ class _Float8Matmul(torch.autograd.Function):
         elif needs_weight_grad:
             grad_weight = torch.mm(grad_output.t(), saved_input[0])
         return grad_input, grad_weight, None, None
+
+
+def _matmul(input: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
+    """input (..., K) @ weight^T: (..., N)."""
+    flat = input.reshape(-1, input.size(-1))
+    output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+    if input.dim() != 2:
+        # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
+        output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.size(-1)))
+    return output
 
 
 # What torchao's Float8Linear sets beside its config.
@@ -205,11 +240,7 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, DTensor):
-            raise ValueError(
-                f"{self._name()}: its weight is still a DTensor in forward, placed as "
-                f"{self.weight.placements}: call the module that fully_shard was applied to, which "
-                "gathers the weight; tensor-parallel plans for Float8Linear are not supported"
-            )
+            return self._tensor_parallel(input, self.weight)
         if input.dtype not in HP_DTYPES:
             raise ValueError(
                 f"{self._name()}: the input is {input.dtype}: pass float32, bfloat16 or float16"
@@ -227,15 +258,32 @@ class Float8Linear(nn.Linear):
         return self._linear(input)
 
     def _linear(self, input: torch.Tensor) -> torch.Tensor:
-        output = _Float8Matmul.apply(
-            input.reshape(-1, self.in_features), self.weight, self.config, torch.is_grad_enabled()
-        )
-        if input.dim() != 2:
-            # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
-            output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], self.out_features))
+        output = _matmul(input, self.weight, self.config)
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output
+
+    def _tensor_parallel(self, input: torch.Tensor, weight: DTensor) -> DTensor:
+        """This rank's part of the matmul, of DTensors as `tensor_parallel` prepares them.
+
+        Returns:
+            Cut along N where the weight is; where the weight is cut along K, of the sums that are
+            partial then, without the bias.
+        """
+        if not isinstance(input, DTensor) or weight.device_mesh.ndim != 1:
+            raise ValueError(
+                f"{self._name()}: its weight is still a DTensor in forward, placed as "
+                f"{weight.placements}: call the module that fully_shard was applied to, which "
+                "gathers the weight, and use fp8dist's Float8ColwiseParallel and "
+                "Float8RowwiseParallel for tensor parallelism"
+            )
+        mesh, by_column = weight.device_mesh, weight.placements[0].is_shard(0)
+        local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
+        output = _matmul(local, weight.to_local(), self.config)
+        if by_column and isinstance(self.bias, DTensor):
+            output = output + self.bias.to_local().to(output.dtype)
+        placement = Shard(output.dim() - 1) if by_column else Partial()
+        return DTensor.from_local(output, mesh, (placement,), run_check=False)
 
     def _name(self) -> str:
         return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__

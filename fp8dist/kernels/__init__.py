@@ -29,6 +29,17 @@ def quantize_both(
     return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, after)
 
 
+def quantize(
+    x: torch.Tensor,
+    block: Block,
+    float8_dtype: torch.dtype,
+    scale_format: ScaleFormat,
+    amax: torch.Tensor | None = None,
+) -> Scaled:
+    """See `numerics.quantize`; for `amax`, `ops.quantize`."""
+    return ops.quantize(x, block, float8_dtype, scale_format, amax)
+
+
 def rescale_transposed(
     weight: Scaled,
     block: Block,

@@ -33,6 +33,7 @@ def quantize(
     scale_format: str,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
+    known_amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `fp8dist::quantize`, see `ops`: one pass for the amaxes, where the blocks are not
     within a tile or a row, and one that casts in both orientations.
@@ -52,6 +53,7 @@ def quantize(
         return data, scale, t_data, t_scale
     kind, t_kind = kind_of(a), kind_of(b)
     x_stride = x.stride(0)
+    by = "none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own"
     if kind == "row" and t_kind == "none":
         kernels.quantize_rows_kernel[(m,)](
             x,
@@ -67,15 +69,19 @@ def quantize(
         )
         return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read
-    if amaxes > 0:
+    if known_amax is not None:
+        amax = known_amax.view(torch.int32)
+    elif amaxes > 0:
         amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
         bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
         kernels.amax_kernel[_cdiv(m, bm * steps), _cdiv(n, bn)](
             x,
+            x if x_inverse is None else x_inverse,
             amax,
             m,
             n,
             x_stride,
+            BY_ROW=by == "row",
             WANT_ROW=kind == "row",
             WANT_COLUMN=t_kind == "column",
             WANT_TENSOR=kind == "tensor" or t_kind == "tensor",
@@ -98,7 +104,8 @@ def quantize(
         x_stride,
         FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
         FORMAT=scale_format,
-        X_INVERSE="none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own",
+        X_INVERSE=by,
+        X_BLOCK=1 if x_inverse is None else n // x_inverse.size(1),
         KIND=kind,
         BLOCK=a[1] if a is not None and kind == "own" else 1,
         T_KIND=t_kind,

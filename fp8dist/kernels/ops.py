@@ -34,7 +34,7 @@ def has_kernels(x: torch.Tensor) -> bool:
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
     "quantize(Tensor x, int[2]? block, int[2]? transposed_block, ScalarType float8_dtype, "
-    "str scale_format, Tensor? x_inverse, Tensor? new_scale, Tensor? after) "
+    "str scale_format, Tensor? x_inverse, Tensor? new_scale, Tensor? amax, Tensor? after) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -55,6 +55,7 @@ def _quantize(
     scale_format: ScaleFormat,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> _FourTensors:
     """`numerics.quantize_both`, or `rescale_transposed`, as data, scales, transposed data and its
@@ -63,16 +64,21 @@ def _quantize(
     Args:
         x_inverse: 1 / what x was scaled by.
         new_scale: for the transpose, if it is not to be found from x.
+        amax: (1, 1), float32, of all that x is a part of; x alone is wanted, with one scale.
         after: see [Note: only in backward].
     """
     a, b = _as_block(block), _as_block(transposed_block)
     if has_kernels(x):
-        return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale)
+        return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale, amax)
     if x_inverse is not None:
         x = numerics.dequantize(x, x_inverse.reciprocal())
     nothing = x.new_empty((0, 0), dtype=float8_dtype), x.new_empty((0, 0), dtype=torch.float32)
     if new_scale is not None:
         return *nothing, numerics.cast(x, new_scale, float8_dtype).t().contiguous(), nothing[1]
+    if amax is not None and a is not None:
+        scale = numerics.amax_to_scale(amax, float8_dtype, scale_format)
+        known = Scaled(numerics.cast(x, scale, float8_dtype), scale, a)
+        return *_written(known, kind_of(a), scale_format), *nothing
     scaled, transposed = numerics.quantize_both(x, a, b, float8_dtype, scale_format)
     return (
         *(nothing if scaled is None else _written(scaled, kind_of(a), scale_format)),
@@ -105,6 +111,7 @@ def _(
     scale_format: ScaleFormat,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
+    amax: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     a, b, given = _as_block(block), _as_block(transposed_block), new_scale is not None
@@ -135,7 +142,7 @@ def quantize_both(
         after: see [Note: only in backward].
     """
     data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
-        x, block, transposed_block, float8_dtype, scale_format, None, None, after
+        x, block, transposed_block, float8_dtype, scale_format, None, None, None, after
     )
     scaled = transposed = None
     if block is not None:
@@ -144,6 +151,24 @@ def quantize_both(
         flipped = (transposed_block[1], transposed_block[0])
         transposed = _scaled(t_data, t_scale, flipped, kind_of(transposed_block) == "own")
     return scaled, transposed
+
+
+def quantize(
+    x: torch.Tensor,
+    block: Block,
+    float8_dtype: torch.dtype,
+    scale_format: ScaleFormat,
+    amax: torch.Tensor | None,
+) -> Scaled:
+    """`numerics.quantize`.
+
+    Args:
+        amax: (1, 1), float32, if one scale is to be for more than x.
+    """
+    data, scale, _, _ = torch.ops.fp8dist.quantize.default(
+        x, block, None, float8_dtype, scale_format, None, None, amax, None
+    )
+    return _scaled(data, scale, block, kind_of(block) == "own")
 
 
 def _scaled(data: torch.Tensor, scales: torch.Tensor, block: Block, by_column: bool) -> Scaled:
@@ -177,8 +202,9 @@ def rescale_transposed(
         scale_format,
         weight.scale.reciprocal() if weight.inverse is None else weight.inverse,
         new_scale,
+        None,
         after,
     )
     if new_scale is None:
-        return _scaled(data, scales, flipped, by_column=True)
+        return _scaled(data, scales, flipped, kind_of(block) == "own")
     return Scaled(data, new_scale.t(), flipped)

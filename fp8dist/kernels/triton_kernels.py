@@ -56,11 +56,13 @@ def _raise_amaxes(
     stride,
     first_row,
     first_column,
+    inverse_ptr,
     row_ptr,
     column_ptr,
     tensor_ptr,
     block_ptr,
     row_start,
+    BY_ROW: tl.constexpr,
     WANT_ROW: tl.constexpr,
     WANT_COLUMN: tl.constexpr,
     WANT_TENSOR: tl.constexpr,
@@ -69,7 +71,8 @@ def _raise_amaxes(
     BN: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Raise amaxes, int32 bits, to those of STEPS times BM rows and BN columns of x.
+    """Raise amaxes, int32 bits, to those of STEPS times BM rows and BN columns of x; BY_ROW: of x
+    times an inverse scale per row.
 
     Blocks are of 128 x 128, of the matrix of which x is the rows from row_start on.
     """
@@ -81,7 +84,11 @@ def _raise_amaxes(
         row_mask = rows < M
         mask = row_mask[:, None] & column_mask[None, :]
         offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-        bits = _abs_bits(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        if BY_ROW:
+            inverse = tl.load(inverse_ptr + rows, mask=row_mask, other=1.0)
+            x = x.to(tl.float32) * inverse[:, None]
+        bits = _abs_bits(x)
         most = tl.maximum(most, bits)
         if WANT_ROW:
             tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
@@ -101,10 +108,12 @@ def _raise_amaxes(
 @triton.jit
 def amax_kernel(
     x_ptr,
+    inverse_ptr,
     amax_ptr,
     M,
     N,
     stride,
+    BY_ROW: tl.constexpr,
     WANT_ROW: tl.constexpr,
     WANT_COLUMN: tl.constexpr,
     WANT_TENSOR: tl.constexpr,
@@ -112,7 +121,8 @@ def amax_kernel(
     BN: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Amaxes of the (M, N) matrix x as int32 bits, into a buffer that is zero before.
+    """Amaxes of the (M, N) matrix x, or, BY_ROW, of x times inverse scales of rows, as int32 bits,
+    into a buffer that is zero before.
 
     The buffer has, of what is wanted: M of rows, N of columns, one of the tensor.
     """
@@ -125,11 +135,13 @@ def amax_kernel(
         stride,
         tl.program_id(0) * (BM * STEPS),
         tl.program_id(1) * BN,
+        inverse_ptr,
         amax_ptr,
         column_ptr,
         tensor_ptr,
         amax_ptr,
         0,
+        BY_ROW,
         WANT_ROW,
         WANT_COLUMN,
         WANT_TENSOR,
@@ -170,6 +182,7 @@ def quantize_kernel(
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
     X_INVERSE: tl.constexpr,
+    X_BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     T_KIND: tl.constexpr,
@@ -187,7 +200,7 @@ def quantize_kernel(
     the scales for t_data themselves, and data is not wanted. For what is written see
     `_store_scale`.
     x_inverse, where there is one, is 1 / what x was scaled by: a power of two per row (X_INVERSE
-    is "row") or per 1 x 32 block ("own", (M, N / 32)).
+    is "row") or per 1 x X_BLOCK block ("own", (M, N / X_BLOCK)).
     """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
@@ -199,13 +212,13 @@ def quantize_kernel(
     if X_INVERSE == "row":
         x = x * tl.load(x_inverse_ptr + rows, mask=row_mask, other=1.0)[:, None]
     if X_INVERSE == "own":
-        blocks = pid_n * (BN // 32) + tl.arange(0, BN // 32)
+        blocks = pid_n * (BN // X_BLOCK) + tl.arange(0, BN // X_BLOCK)
         x_inverse = tl.load(
-            x_inverse_ptr + rows[:, None] * (N // 32) + blocks[None, :],
-            mask=row_mask[:, None] & (blocks < N // 32)[None, :],
+            x_inverse_ptr + rows[:, None] * (N // X_BLOCK) + blocks[None, :],
+            mask=row_mask[:, None] & (blocks < N // X_BLOCK)[None, :],
             other=1.0,
         )
-        x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // 32, 32))
+        x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // X_BLOCK, X_BLOCK))
         x = x * tl.reshape(x_inverse, (BM, BN))
 
     if KIND != "none":
@@ -370,11 +383,13 @@ def fill_amaxes_kernel(
         stride,
         (pid - first) // tiles_n * (BM * STEPS),
         (pid - first) % tiles_n * BN,
+        amax_ptr,
         amax_ptr + tl.load(entry + 6) + row_start,
         amax_ptr + tl.load(entry + 7),
         amax_ptr + tl.load(entry + 9),
         amax_ptr + tl.load(entry + 8),
         row_start,
+        False,
         WANT_ROW,
         WANT_COLUMN,
         WANT_TENSOR,

@@ -20,7 +20,7 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
         (recipe.input, None),
         (None, recipe.grad_output_for_grad_weight),
     ]:
-        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None)
+        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None, None)
         real = torch.ops.fp8dist.quantize(torch.randn(M, N, device=device), *args)
         with FakeTensorMode():
             fake = torch.ops.fp8dist.quantize(torch.empty(M, N, device=device), *args)
@@ -32,7 +32,7 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
 def test_a_derived_weight_is_as_the_fake(device: str) -> None:
     weight = torch.randn(M, N, device=device).to(torch.float8_e4m3fn)
     inverse, new_scale = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
-    args = (None, (-1, 1), torch.float8_e4m3fn, "power_of_2", inverse, new_scale, None)
+    args = (None, (-1, 1), torch.float8_e4m3fn, "power_of_2", inverse, new_scale, None, None)
     real = torch.ops.fp8dist.quantize(weight, *args)
     assert real[2].shape == (N, M), "rows of a weight are not padded"
     with FakeTensorMode(allow_non_fake_inputs=True):

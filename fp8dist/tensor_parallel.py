@@ -1,0 +1,279 @@
+"""torch's tensor-parallel styles with float8 on the wire, for `Float8Linear`.
+
+They are used as torch's of the same names without `Float8`, in a plan for `parallelize_module`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+)
+
+from fp8dist.config import TENSOR, Recipe
+from fp8dist.linear import Float8Linear
+from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+
+# [Note: activations in float8]
+# An activation that is cut along its tokens is cast before it is gathered, so that float8 crosses
+# the network; scales of tokens travel beside the data. So is the gradient of an output that was
+# reduce-scattered, which backward gathers. The operand of grad_weight is derived from what arrived
+# as backward's weight is, see `numerics.rescale_transposed`. Sums of partial results are reduced in
+# high precision.
+# One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
+# one device, what is cut along its features, and not gathered, is cast with it too.
+
+
+@torch._dynamo.allow_in_graph
+class _CastInput(torch.autograd.Function):
+    """Cast in forward; the gradient passes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: torch.Tensor, recipe: Recipe, group_name: str
+    ) -> torch.Tensor:
+        return cast_activation(
+            input, recipe.input, recipe.input_dtype, recipe.scale_format, group_name
+        )
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        return grad_output, None, None
+
+
+@torch._dynamo.allow_in_graph
+class _CastGradient(torch.autograd.Function):
+    """Cast the gradient in backward; forward passes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, output: torch.Tensor, recipe: Recipe, group_name: str
+    ) -> torch.Tensor:
+        ctx.args = (
+            recipe.grad_output,
+            recipe.grad_output_dtype,
+            recipe.scale_format,
+            group_name,
+        )
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        return cast_activation(grad_output, *ctx.args), None, None
+
+
+def _as_dtensor(
+    input: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> DTensor:
+    if isinstance(input, DTensor):
+        return input
+    return DTensor.from_local(input, mesh, placements, run_check=False)
+
+
+def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
+    """Cast the local part, unless it arrives cast."""
+    local = input.to_local()
+    if isinstance(local, Float8Activation):
+        return input
+    group_name = input.device_mesh.get_group().group_name
+    cast = _CastInput.apply(local, recipe, group_name)
+    return DTensor.from_local(cast, input.device_mesh, input.placements, run_check=False)
+
+
+def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
+    group_name = output.device_mesh.get_group().group_name
+    local = _CastGradient.apply(output.to_local(), recipe, group_name)
+    return DTensor.from_local(local, output.device_mesh, output.placements, run_check=False)
+
+
+def _on_tokens(placements: tuple[Placement, ...], x: torch.Tensor) -> bool:
+    """Whether x is cut along its tokens, and not along its last dimension."""
+    placement = placements[0]
+    return isinstance(placement, Shard) and placement.dim % x.dim() != x.dim() - 1
+
+
+def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+    """That the style can be honoured: on every rank alike, before anything is communicated."""
+    if not isinstance(module, Float8Linear):
+        raise ValueError(
+            f"{style} was planned for a {type(module).__name__}: it takes a Float8Linear: convert "
+            "the model before parallelize_module, or use the style of torch for this module"
+        )
+    name, recipe, parts = module._name(), module.config.recipe, mesh.size()
+    if recipe.input_for_grad_weight is None:
+        raise ValueError(
+            f"{name}: {style} does not work with recipe {recipe.name!r}, whose grad_weight takes "
+            "the input in high precision: use another recipe, or the style of torch"
+        )
+    size = (module.out_features, module.in_features)[dim]
+    if size % (parts * recipe.dim_multiple):
+        raise ValueError(
+            f"{name}: {style} cuts {'out_features' if dim == 0 else 'in_features'}={size} into "
+            f"{parts} parts, not multiples of the {recipe.dim_multiple} that recipe "
+            f"{recipe.name!r} needs: leave the layer unconverted, or use fewer ranks"
+        )
+
+
+class Float8ColwiseParallel(ColwiseParallel):
+    """`torch.distributed.tensor.parallel.ColwiseParallel` for a `Float8Linear`.
+
+    An input that is cut along its tokens is gathered in float8; see [Note: activations in float8].
+
+    Raises:
+        ValueError: in `parallelize_module`: the module is no `Float8Linear`, its recipe cannot be
+            honoured, or N of a rank is no multiple of what the recipe needs.
+    """
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: tuple[Placement, ...],
+        desired_input_layouts: tuple[Placement, ...],
+        mod: Float8Linear,
+        inputs: tuple[torch.Tensor, ...],
+        device_mesh: DeviceMesh,
+    ) -> DTensor:
+        input = _as_dtensor(inputs[0], device_mesh, input_layouts)
+        if _on_tokens(input.placements, input):
+            input = _cast_input(input, mod.config.recipe)
+        if input.placements != desired_input_layouts:
+            input = input.redistribute(placements=desired_input_layouts)
+        return input
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: tuple[Placement, ...],
+        use_local_output: bool,
+        mod: Float8Linear,
+        outputs: DTensor,
+        device_mesh: DeviceMesh,
+    ) -> torch.Tensor:
+        if mod.config.recipe.grad_output == TENSOR:
+            outputs = _cast_gradient(outputs, mod.config.recipe)
+        if outputs.placements != output_layouts:
+            outputs = outputs.redistribute(placements=output_layouts)
+        return outputs.to_local() if use_local_output else outputs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check(type(self).__name__, module, device_mesh, 0)
+        return super()._apply(module, device_mesh)
+
+
+class Float8RowwiseParallel(RowwiseParallel):
+    """`torch.distributed.tensor.parallel.RowwiseParallel` for a `Float8Linear`.
+
+    The gradient of an output that is cut along its tokens is gathered in float8; see
+    [Note: activations in float8].
+
+    Raises:
+        ValueError: as `Float8ColwiseParallel`, with K for N.
+    """
+
+    @staticmethod
+    def _prepare_input_fn(
+        input_layouts: tuple[Placement, ...],
+        desired_input_layouts: tuple[Placement, ...],
+        mod: Float8Linear,
+        inputs: tuple[torch.Tensor, ...],
+        device_mesh: DeviceMesh,
+    ) -> DTensor:
+        input = _as_dtensor(inputs[0], device_mesh, input_layouts)
+        if input.placements != desired_input_layouts:
+            input = input.redistribute(placements=desired_input_layouts)
+        if mod.config.recipe.input == TENSOR:
+            input = _cast_input(input, mod.config.recipe)
+        return input
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: tuple[Placement, ...],
+        use_local_output: bool,
+        mod: Float8Linear,
+        outputs: DTensor,
+        device_mesh: DeviceMesh,
+    ) -> torch.Tensor:
+        if outputs.placements != output_layouts:
+            outputs = outputs.redistribute(placements=output_layouts)
+        if _on_tokens(outputs.placements, outputs):
+            outputs = _cast_gradient(outputs, mod.config.recipe)
+        output: torch.Tensor = outputs
+        if mod.bias is not None:
+            output = output + mod.bias.to(output.dtype)
+        return output.to_local() if use_local_output and isinstance(output, DTensor) else output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check(type(self).__name__, module, device_mesh, 1)
+        return super()._apply(module, device_mesh)
+
+
+class PrepareFloat8ModuleInput(PrepareModuleInput):
+    """`torch.distributed.tensor.parallel.PrepareModuleInput` that casts before it gathers.
+
+    One gather then serves all `Float8Linear` layers in the module that take the input.
+
+    Args:
+        float8_dtype: torch.float8_e4m3fn.
+        fwd_config_submodule_fqn: the `Float8Linear` whose recipe to cast by; None: that of all in
+            the module.
+
+    Raises:
+        ValueError: in `parallelize_module`: the module has no `Float8Linear`, or several recipes.
+    """
+
+    def __init__(
+        self,
+        *,
+        float8_dtype: torch.dtype = torch.float8_e4m3fn,
+        fwd_config_submodule_fqn: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if float8_dtype != torch.float8_e4m3fn:
+            raise ValueError(
+                f"float8_dtype is {float8_dtype}: only torch.float8_e4m3fn is supported"
+            )
+        self.fwd_config_submodule_fqn = fwd_config_submodule_fqn
+        self.recipe: Recipe | None = None
+
+    def _prepare_input_arg(
+        self,
+        input: Any,
+        mesh: DeviceMesh,
+        input_layout: Placement | None,
+        desired_layout: Placement | None,
+    ) -> Any:
+        if input_layout is None or self.recipe is None:
+            return input
+        prepared = _as_dtensor(input, mesh, (input_layout,))
+        if desired_layout is not None and prepared.placements != (desired_layout,):
+            if _on_tokens(prepared.placements, prepared) and desired_layout == Replicate():
+                prepared = _cast_input(prepared, self.recipe)
+            prepared = prepared.redistribute(placements=(desired_layout,))
+        return prepared.to_local() if self.use_local_output else prepared
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style, named = type(self).__name__, dict(module.named_modules())
+        if self.fwd_config_submodule_fqn is not None:
+            named = {"": module.get_submodule(self.fwd_config_submodule_fqn)}
+        recipes = {
+            layer.config.recipe.name: layer.config.recipe
+            for layer in named.values()
+            if isinstance(layer, Float8Linear)
+        }
+        if len(recipes) != 1:
+            found = f"of recipes {', '.join(recipes)}" if recipes else "none"
+            raise ValueError(
+                f"{style}: {type(module).__name__} has Float8Linear layers {found}: it casts by "
+                "the recipe of one, which fwd_config_submodule_fqn names; without any use torch's "
+                "PrepareModuleInput"
+            )
+        (self.recipe,) = recipes.values()
+        return super()._apply(module, device_mesh)

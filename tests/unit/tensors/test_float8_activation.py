@@ -1,0 +1,131 @@
+"""`Float8Activation`: what ops on tokens, and other ops, make of it; its collectives."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fp8dist import numerics
+from fp8dist.config import RECIPES, TENSOR
+from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+
+B, S, K = 2, 6, 128
+NAMES = ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"]
+
+
+@pytest.fixture(scope="module")
+def group(mesh: DeviceMesh) -> Iterator[str]:
+    yield mesh.get_group().group_name
+
+
+def hp(*shape: int) -> torch.Tensor:
+    return torch.randn(shape or (B, S, K), generator=torch.Generator().manual_seed(0))
+
+
+def activation(name: str, group: str, x: torch.Tensor | None = None) -> Float8Activation:
+    recipe = RECIPES[name]
+    args = (recipe.input, recipe.input_dtype, recipe.scale_format, group)
+    return cast_activation(hp() if x is None else x, *args)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """As float8: bytes and scales, so dequantized values."""
+    assert isinstance(found, Float8Activation)
+    assert found.shape == expected.shape
+    assert torch.equal(found.dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cast_is_that_of_the_reference(name: str, group: str) -> None:
+    recipe, flat = RECIPES[name], hp().view(-1, K)
+    found = activation(name, group)
+    want = numerics.quantize(flat, recipe.input, recipe.input_dtype, recipe.scale_format)
+    got = found.scaled()
+    assert got.block == want.block
+    assert torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
+    assert torch.equal(got.scale, want.scale)
+    assert (found.dtype, found.shape) == (torch.float32, (B, S, K))
+    tokens = found._scale.numel() * found._scale.element_size() / (B * S)
+    assert tokens <= {"rowwise": 4, "mxfp8_rceil": K / 32}.get(name, 4), "bytes of a token's scales"
+
+
+ON_TOKENS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "detach": lambda x: x.detach(),
+    "clone": lambda x: x.clone(),
+    "flatten tokens": lambda x: x.view(-1, K),
+    "reshape": lambda x: x.reshape(B * S, K).reshape(S, B, K),
+    "first tokens": lambda x: x[:, :2],
+    "narrow": lambda x: x.narrow(1, 2, 3),
+    "chunk and cat": lambda x: torch.cat(torch.chunk(x, 3, dim=1), dim=0),
+    "split and cat": lambda x: torch.cat(x.split([2, 4], dim=1)[::-1], dim=1),
+    "pad": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 3)),
+}
+
+
+@pytest.mark.parametrize("op", ON_TOKENS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_on_tokens_keep_float8(name: str, op: str, group: str) -> None:
+    x = activation(name, group)
+    same(ON_TOKENS[op](x), ON_TOKENS[op](x.dequantize()))
+
+
+OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "add": lambda x: x + 1,
+    "sum of itself": lambda x: (x * x).sum(),
+    "cut in features": lambda x: x[..., :7],
+    "view of other features": lambda x: x.view(B, S, 2, K // 2),
+    "cat with a plain one": lambda x: torch.cat([x, torch.zeros(B, S, K)], dim=1),
+    "cat along features": lambda x: torch.cat([x, x], dim=-1),
+    "matmul": lambda x: x @ torch.ones(K, 3),
+    "to bfloat16": lambda x: x.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("op", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_ops_see_the_value_and_give_plain_tensors(name: str, op: str, group: str) -> None:
+    x = activation(name, group)
+    found, expected = OTHERS[op](x), OTHERS[op](x.dequantize())
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gather_moves_bytes(name: str, group: str) -> None:
+    """One rank: what is gathered is what was there; what is asked of the group is uint8."""
+    x = activation(name, group)
+    moved = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "all_gather_into_tensor" in str(func) and type(args[0]) is torch.Tensor:
+                moved.append((args[0].dtype, args[0].numel()))
+            return func(*args, **(kwargs or {}))
+
+    gathered = funcol.all_gather_tensor(x, 1, dist.group.WORLD)
+    same(gathered, x.dequantize())
+    with Watch():
+        gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+        torch.ops._c10d_functional.wait_tensor(x._on_tokens(gather, (1, group), {}))
+    scales = [] if x._block == TENSOR else [(x._scale.dtype, x._scale.numel())]
+    assert moved == [(torch.uint8, x.numel()), *scales]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dtensor_redistributes_it(name: str, mesh: DeviceMesh, group: str) -> None:
+    x = activation(name, group)
+    sharded = DTensor.from_local(x, mesh, (Shard(1),), run_check=False)
+    same(sharded.redistribute(placements=(Replicate(),)).to_local(), x.dequantize())
+
+
+def test_flatten_and_unflatten(group: str) -> None:
+    x = activation("rowwise", group)
+    names, meta = x.__tensor_flatten__()
+    assert hash(meta) == hash(x.__tensor_flatten__()[1]), "compiled code is keyed by it"
+    inner = {name: getattr(x, name) for name in names}
+    same(Float8Activation.__tensor_unflatten__(inner, meta, x.shape, x.stride()), x.dequantize())
+    assert repr(x) == "Float8Activation(shape=(2, 6, 128), dtype=torch.float32)"

@@ -1,0 +1,112 @@
+"""Plans that cannot be honoured are refused by name, before anything is communicated."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+import fp8dist
+from fp8dist import Float8Config, Float8Linear
+from fp8dist.tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+    _check,
+)
+
+
+class Mesh:
+    """As many ranks as a test wants."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def size(self) -> int:
+        return self.ranks
+
+
+def layer(recipe: str, inputs: int, outputs: int) -> Float8Linear:
+    config = Float8Config(recipe, emulate=True)
+    return Float8Linear.from_float(nn.Linear(inputs, outputs), config, "blocks.0.wq")
+
+
+@pytest.mark.parametrize("style", [Float8ColwiseParallel, Float8RowwiseParallel])
+def test_a_module_that_is_not_float8(style: type[ParallelStyle], mesh: DeviceMesh) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=f"{style.__name__} was planned for a Linear: .* convert"):
+        parallelize_module(model, mesh, {"0": style()})
+    assert type(model[0].weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("style", [Float8ColwiseParallel, Float8RowwiseParallel])
+def test_a_recipe_that_needs_the_input_in_high_precision(style: Any, mesh: DeviceMesh) -> None:
+    model = nn.Sequential(layer("rowwise_with_gw_hp", 64, 64))
+    with pytest.raises(ValueError, match=r"blocks\.0\.wq: .*'rowwise_with_gw_hp'.* another recipe"):
+        parallelize_module(model, mesh, {"0": style()})
+
+
+@pytest.mark.parametrize(
+    "recipe, inputs, outputs, ranks, dim, name",
+    [
+        ("tensorwise", 64, 96, 4, 0, "out_features=96"),
+        ("rowwise", 96, 64, 4, 1, "in_features=96"),
+        ("blockwise", 256, 384, 2, 0, "out_features=384"),
+        ("mxfp8_rceil", 96, 64, 2, 1, "in_features=96"),
+    ],
+)
+def test_parts_that_the_recipe_cannot_multiply(
+    recipe: str, inputs: int, outputs: int, ranks: int, dim: int, name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"blocks\.0\.wq: .* {name} into {ranks} parts"):
+        _check("style", layer(recipe, inputs, outputs), Mesh(ranks), dim)
+    _check("style", layer(recipe, inputs, outputs), Mesh(1), dim)
+
+
+def test_an_input_prepared_for_several_recipes_or_none(mesh: DeviceMesh) -> None:
+    style = PrepareFloat8ModuleInput(
+        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+    )
+    with pytest.raises(ValueError, match="has Float8Linear layers none"):
+        parallelize_module(nn.Sequential(nn.Linear(64, 64)), mesh, style)
+    model = nn.Sequential(layer("tensorwise", 64, 64), layer("rowwise", 64, 64))
+    with pytest.raises(ValueError, match="of recipes tensorwise, rowwise"):
+        parallelize_module(model, mesh, style)
+
+
+def test_another_float8_dtype() -> None:
+    with pytest.raises(ValueError, match="float8_e5m2"):
+        PrepareFloat8ModuleInput(float8_dtype=torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
+def test_one_rank_gives_what_the_layer_gives(recipe: str, mesh: DeviceMesh) -> None:
+    """2-D and 3-D inputs, with and without bias, DTensors kept or not."""
+    for shape in ((32, 128), (2, 16, 128)):
+        for use_local_output in (True, False):
+            model = nn.Sequential(
+                nn.Linear(128, 256), nn.Identity(), nn.Linear(256, 128, bias=False)
+            )
+            fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
+            x = torch.randn(shape)
+            expected = model(x)
+            tokens = len(shape) - 2
+            parallel = parallelize_module(
+                model,
+                mesh,
+                {
+                    "0": Float8ColwiseParallel(
+                        input_layouts=Shard(tokens), use_local_output=use_local_output
+                    ),
+                    "2": Float8RowwiseParallel(
+                        output_layouts=Shard(tokens), use_local_output=use_local_output
+                    ),
+                },
+            )
+            found = parallel(x)
+            assert isinstance(found, torch.Tensor)
+            found = found if use_local_output else found.full_tensor()
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
