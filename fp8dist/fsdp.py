@@ -61,6 +61,7 @@ def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weig
     return by_group
 
 
+@torch.inference_mode(False)  # what is made here is written to in training
 @torch.no_grad()
 def precompute_float8_dynamic_scale_for_fsdp(
     module_or_modules: nn.Module | Iterable[nn.Module],

@@ -13,7 +13,8 @@ from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
 from fp8dist.tensors.float8_activation import Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
+from fp8dist.tensors.weight_part import cast_part
 from fp8dist.tensors.weight_state import WeightState
 
 
@@ -70,7 +71,9 @@ def _weight_for_grad_input(
     _, transposed = kernels.quantize_both(
         _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
     )
-    return _wanted(transposed)
+    cast = _wanted(transposed)
+    # Padded as tokens are; weights of other sizes are multiplied dequantized only.
+    return cast._replace(data=cast.data[:, : weight.size(0)])
 
 
 def _wanted(scaled: Scaled | None) -> Scaled:
@@ -164,6 +167,35 @@ class _Float8Matmul(torch.autograd.Function):
         return grad_input, grad_weight, None, None
 
 
+class _StandIn(torch.autograd.Function):
+    """A weight's part in float8, whose gradient is that of the part in high precision."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, cast: Float8Tensor) -> Float8Tensor:  # type: ignore[override]
+        return cast
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+@torch._dynamo.allow_in_graph
+class _CastPart(torch.autograd.Function):
+    """`cast_part`; the gradient passes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, part: torch.Tensor, dim: int, recipe: Recipe, group_name: str
+    ) -> Float8Tensor:
+        return cast_part(_hp(part), dim, recipe, group_name)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return grad, None, None, None
+
+
 def _matmul(input: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
     """input (..., K) @ weight^T: (..., N)."""
     flat = input.reshape(-1, input.size(-1))
@@ -251,7 +283,8 @@ class Float8Linear(nn.Linear):
                 f"in_features={self.in_features}"
             )
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
+        autocasts = torch.amp.is_autocast_available(device_type)  # not a meta device
+        if autocasts and torch.is_autocast_enabled(device_type):
             # As autocast would for F.linear; it must not cast inside the float8 function too.
             with torch.autocast(device_type, enabled=False):
                 return self._linear(input.to(torch.get_autocast_dtype(device_type)))
@@ -267,8 +300,8 @@ class Float8Linear(nn.Linear):
         """This rank's part of the matmul, of DTensors as `tensor_parallel` prepares them.
 
         Returns:
-            Cut along N where the weight is; where the weight is cut along K, of the sums that are
-            partial then, without the bias.
+            Without the bias: cut along N where the weight is; where the weight is cut along K, the
+            sums that are partial then.
         """
         if not isinstance(input, DTensor) or weight.device_mesh.ndim != 1:
             raise ValueError(
@@ -279,11 +312,21 @@ class Float8Linear(nn.Linear):
             )
         mesh, by_column = weight.device_mesh, weight.placements[0].is_shard(0)
         local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
-        output = _matmul(local, weight.to_local(), self.config)
-        if by_column and isinstance(self.bias, DTensor):
-            output = output + self.bias.to_local().to(output.dtype)
+        output = _matmul(local, self._part(weight, local.dtype), self.config)
         placement = Shard(output.dim() - 1) if by_column else Partial()
         return DTensor.from_local(output, mesh, (placement,), run_check=False)
+
+    def _part(self, weight: DTensor, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's part of the weight in float8, by the scales of all of it."""
+        part = weight.to_local()
+        if isinstance(part, Float8Tensor):
+            return part
+        state = self.weight_state if isinstance(part, Float8ShardedWeight) else None
+        if state is not None and not torch.compiler.is_compiling():
+            return _StandIn.apply(part, local_float8(state, weight, dtype))
+        dim = 0 if weight.placements[0].is_shard(0) else 1
+        group_name = weight.device_mesh.get_group().group_name
+        return _CastPart.apply(part, dim, self.config.recipe, group_name)
 
     def _name(self) -> str:
         return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__

@@ -95,6 +95,14 @@ def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     return DTensor.from_local(local, output.device_mesh, output.placements, run_check=False)
 
 
+def _with_bias(output: DTensor, layer: Float8Linear) -> DTensor:
+    """Added outside of the cast of the gradient, so that the bias gets what is not cast."""
+    if layer.bias is None:
+        return output
+    added: Any = output + layer.bias.to(output.dtype)
+    return added
+
+
 def _on_tokens(placements: tuple[Placement, ...], x: torch.Tensor) -> bool:
     """Whether x is cut along its tokens, and not along its last dimension."""
     placement = placements[0]
@@ -158,6 +166,7 @@ class Float8ColwiseParallel(ColwiseParallel):
     ) -> torch.Tensor:
         if mod.config.recipe.grad_output == TENSOR:
             outputs = _cast_gradient(outputs, mod.config.recipe)
+        outputs = _with_bias(outputs, mod)
         if outputs.placements != output_layouts:
             outputs = outputs.redistribute(placements=output_layouts)
         return outputs.to_local() if use_local_output else outputs
@@ -204,10 +213,8 @@ class Float8RowwiseParallel(RowwiseParallel):
             outputs = outputs.redistribute(placements=output_layouts)
         if _on_tokens(outputs.placements, outputs):
             outputs = _cast_gradient(outputs, mod.config.recipe)
-        output: torch.Tensor = outputs
-        if mod.bias is not None:
-            output = output + mod.bias.to(output.dtype)
-        return output.to_local() if use_local_output and isinstance(output, DTensor) else output
+        outputs = _with_bias(outputs, mod)
+        return outputs.to_local() if use_local_output else outputs
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _check(type(self).__name__, module, device_mesh, 1)

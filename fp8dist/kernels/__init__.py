@@ -19,12 +19,14 @@ def quantize_both(
     after: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`."""
+    if block is None and transposed_block is None:
+        return None, None
+    one = block is None or transposed_block is None
+    # Without kernels and the compiler, which may fail to fuse it, one orientation may be a view.
+    as_view = one and not ops.has_kernels(x) and not torch.compiler.is_compiling()
     # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless the
-    # float8 all-gather is off. Without kernels one orientation may be a view.
-    by_numerics = (128, 128) in (block, transposed_block) or (
-        not ops.has_kernels(x) and (block is None or transposed_block is None)
-    )
-    if by_numerics:
+    # float8 all-gather is off.
+    if as_view or (128, 128) in (block, transposed_block):
         return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
     return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, after)
 
@@ -51,13 +53,17 @@ def rescale_transposed(
     return ops.rescale_transposed(weight, block, new_scale, scale_format, after)
 
 
+def _in_rows(x: torch.Tensor) -> bool:
+    return ops.has_kernels(x) and x.stride(1) == 1
+
+
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
     """See `numerics.fill_amaxes`."""
 
     def in_kernel(part: AmaxPart) -> bool:
         # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
         # where its columns matter.
-        return ops.has_kernels(part.x) and all(
+        return _in_rows(part.x) and all(
             block in (TENSOR, ROW)
             or (block in (COLUMN, (128, 128)) and amaxes.size(1) * block[1] == part.x.size(1))
             for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
@@ -75,7 +81,7 @@ def cast_into(parts: Sequence[CastPart]) -> None:
         # Where a shard of columns begins within a block, the kernel's tiles are not its blocks.
         side = part.block[1]
         at_block = side == WHOLE or part.start[1] % side == part.x.size(1) % side == 0
-        return ops.has_kernels(part.x) and at_block
+        return _in_rows(part.x) and at_block
 
     if for_kernel := [part for part in parts if in_kernel(part)]:
         ops.launch.cast_into(for_kernel)

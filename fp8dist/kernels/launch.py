@@ -130,7 +130,7 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
 
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
     """Twin of `numerics.fill_amaxes`: one launch for all parts alike in dtype and blocks."""
-    for alike in _alike(parts, lambda part: (part.x.dtype, tuple(part.blocks))):
+    for alike in _alike(parts, lambda part: (part.x.device, part.x.dtype, tuple(part.blocks))):
         x_base, out_base = alike[0].x, alike[0].amaxes[0]
         entries = []
         for x, (row_start, _), blocks, amaxes in alike:
@@ -141,7 +141,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
             entries.append((*entry, *places_of))
         bm, bn, steps, warps = _WEIGHT_AMAX_TILE
-        table, matrices = _table(tuple(entries), bm * steps, bn, x_base.device)
+        table, matrices = _table(tuple(entries), bm * steps, bn, _stream(x_base))
         blocks = alike[0].blocks
         kernels.fill_amaxes_kernel[(matrices.size(0),)](
             x_base,
@@ -162,7 +162,9 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
 
 def cast_into(parts: Sequence[CastPart]) -> None:
     """Twin of `numerics.cast_into`: one launch for all parts alike in dtype and block."""
-    for alike in _alike(parts, lambda part: (part.x.dtype, part.out.dtype, part.block)):
+    for alike in _alike(
+        parts, lambda part: (part.x.device, part.x.dtype, part.out.dtype, part.block)
+    ):
         x_base, scale_base, out_base = alike[0].x, alike[0].scale, alike[0].out
         block = alike[0].block
         kind = {TENSOR: "tensor", ROW: "row"}.get(block, "block")
@@ -174,7 +176,7 @@ def cast_into(parts: Sequence[CastPart]) -> None:
                 scale_at += column_start // block[1]
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
             entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
-        table, matrices = _table(tuple(entries), bm, bn, x_base.device)
+        table, matrices = _table(tuple(entries), bm, bn, _stream(x_base))
         kernels.cast_kernel[(matrices.size(0),)](
             x_base,
             scale_base,
@@ -207,9 +209,13 @@ def _place(x: torch.Tensor, base: torch.Tensor) -> int:
     return (x.data_ptr() - base.data_ptr()) // x.element_size()
 
 
+def _stream(x: torch.Tensor) -> torch.cuda.Stream:
+    return torch.cuda.current_stream(x.device)
+
+
 @functools.lru_cache(maxsize=256)
 def _table(
-    entries: tuple[tuple[int, ...], ...], bm: int, bn: int, device: torch.device
+    entries: tuple[tuple[int, ...], ...], bm: int, bn: int, stream: torch.cuda.Stream
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The table of [Note: many matrices in one launch] in `triton_kernels`, and `matrix_ptr`.
 
@@ -218,6 +224,7 @@ def _table(
     Args:
         entries: per matrix: M, N, stride, the row at which it starts, and places.
         bm, bn: what a program takes.
+        stream: the current one, on which the table is made: another has one of its own.
     """
     tiles = [_cdiv(entry[0], bm) * _cdiv(entry[1], bn) for entry in entries]
     rows, first = [], 0
@@ -225,5 +232,5 @@ def _table(
         rows.append((*entry[:4], first, *entry[4:]))
         first += count
     matrices = torch.repeat_interleave(torch.tensor(tiles)).int()
-    table = torch.tensor(rows).pin_memory().to(device, non_blocking=True)
-    return table, matrices.pin_memory().to(device, non_blocking=True)
+    table = torch.tensor(rows).pin_memory().to(stream.device, non_blocking=True)
+    return table, matrices.pin_memory().to(stream.device, non_blocking=True)

@@ -46,7 +46,8 @@ def sizes_of(
             of_kind = {"tensor": (1, 1), "column": (n, 1)}
             sizes[3] = (copies, *(of_kind.get(t_kind) or (m_padded // t_block[0], n)))
     if not given:
-        amaxes = m * (kind == "row") + n * (t_kind == "column") + ("tensor" in (kind, t_kind))
+        rows = kind == "row" and t_block is not None  # alone they are found in the cast's pass
+        amaxes = m * rows + n * (t_kind == "column") + ("tensor" in (kind, t_kind))
     return tuple(sizes), m_padded, amaxes
 
 

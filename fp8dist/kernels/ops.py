@@ -1,6 +1,6 @@
 """Casts as torch ops: opaque to the compiler, which merges equal ones, so that layers that share an
 input share its cast. On the GPU they are Triton kernels, elsewhere `fp8dist.numerics`, which the
-compiler does not touch either: compiled code gives the bytes of eager code.
+compiler does not touch then either (but for square blocks, see `kernels.quantize_both`).
 
 They are defined in a `torch.library.Library`, as `custom_op` costs the CPU more time per call.
 """
@@ -72,30 +72,39 @@ def _quantize(
         return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale, amax)
     if x_inverse is not None:
         x = numerics.dequantize(x, x_inverse.reciprocal())
-    nothing = x.new_empty((0, 0), dtype=float8_dtype), x.new_empty((0, 0), dtype=torch.float32)
     if new_scale is not None:
-        return *nothing, numerics.cast(x, new_scale, float8_dtype).t().contiguous(), nothing[1]
+        data = numerics.cast(x, new_scale, float8_dtype).t().contiguous()
+        return *_nothing(x, float8_dtype), data, _nothing(x, float8_dtype)[1]
     if amax is not None and a is not None:
         scale = numerics.amax_to_scale(amax, float8_dtype, scale_format)
         known = Scaled(numerics.cast(x, scale, float8_dtype), scale, a)
-        return *_written(known, kind_of(a), scale_format), *nothing
+        return *_written(known, kind_of(a), scale_format), *_nothing(x, float8_dtype)
     scaled, transposed = numerics.quantize_both(x, a, b, float8_dtype, scale_format)
-    return (
-        *(nothing if scaled is None else _written(scaled, kind_of(a), scale_format)),
-        *(nothing if transposed is None else _written(transposed, kind_of(b), scale_format)),
+    one, other = (
+        _nothing(x, float8_dtype) if part is None else _written(part, kind_of(c), scale_format)
+        for part, c in ((scaled, a), (transposed, b))
     )
+    return *one, *other
+
+
+def _nothing(x: torch.Tensor, float8_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty((0, 0), dtype=float8_dtype), x.new_empty((0, 0), dtype=torch.float32)
 
 
 def _written(x: Scaled, kind: str, scale_format: ScaleFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the kernels write it; see `layout.sizes_of`."""
+    """As the kernels write it, see `layout.sizes_of`, in storages of their own."""
     scale = x.scale.t() if kind == "own" else x.scale
     copies = [scale] if scale_format == "e8m0" else [scale.reciprocal(), scale]
-    return x.data.contiguous(), torch.stack(copies)
+    return x.data.clone(memory_format=torch.contiguous_format), torch.stack(copies)
 
 
 def _transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
     """(M, N) bytes, copied as (N, M)."""
-    return launch.transpose(x) if has_kernels(x) else x.t().contiguous()
+    return (
+        launch.transpose(x)
+        if has_kernels(x)
+        else x.t().clone(memory_format=torch.contiguous_format)
+    )
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")

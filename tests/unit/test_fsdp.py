@@ -192,6 +192,18 @@ def test_precompute_records_nothing_for_autograd(mesh: DeviceMesh) -> None:
         assert state.scales[0].grad_fn is None
 
 
+def test_precompute_inside_inference_mode_before_training(mesh: DeviceMesh) -> None:
+    model = sharded(mesh)
+    with torch.inference_mode():
+        precompute_float8_dynamic_scale_for_fsdp(model)
+    for _ in range(2):
+        model(torch.randn(16, 32)).sum().backward()
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        precompute_float8_dynamic_scale_for_fsdp(model)
+    check_current(model)
+
+
 # --- the optimizer's hook
 
 

@@ -470,3 +470,20 @@ def test_without_gradients_nothing_is_cast_for_grad_weight(
     with torch.inference_mode():
         ours(seeded(4, K))
     assert set(transposed) == {None}
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_sizes_that_only_emulation_multiplies(gather: bool) -> None:
+    """N is no multiple of the 16 that tokens are padded to."""
+    config = Float8Config(emulate=True, enable_fsdp_float8_all_gather=gather)
+    layer = Float8Linear.from_float(nn.Linear(16, 10), config)
+    input = seeded(5, 16, seed=1).requires_grad_()
+    layer(input).sum().backward()
+    assert input.grad.shape == (5, 16) and layer.weight.grad.shape == (10, 16)
+    exact = torch.ones(5, 10) @ layer.weight.detach()
+    assert (input.grad - exact).norm() < 0.1 * exact.norm()  # e5m2 and e4m3: some 4 % of noise
+
+
+def test_a_meta_device() -> None:
+    layer = Float8Linear.from_float(nn.Linear(64, 48, device="meta"), Float8Config())
+    assert layer(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, 48)

@@ -118,8 +118,8 @@ def test_recomputing_activations_changes_nothing(use_reentrant: bool) -> None:
 def test_every_recipe_compiles(recipe: str, tokens: int, inputs: int, outputs: int) -> None:
     """Among them sizes at which inductor fails if it is to fuse casts in two orientations.
 
-    Casts are not compiled, so their bytes are eager's. What is left are the sums of dequantized
-    products in another order: far above 100 dB in float32.
+    Casts have eager's bytes. What is left are the sums of dequantized products in another order:
+    far above 100 dB in float32.
     """
     torch._dynamo.reset()
     torch.manual_seed(0)

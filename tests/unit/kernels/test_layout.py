@@ -41,6 +41,24 @@ def test_a_derived_weight_is_as_the_fake(device: str) -> None:
         assert (got.shape, got.stride(), got.dtype) == (told.shape, told.stride(), told.dtype)
 
 
+@pytest.mark.parametrize("shape", [(24, 128), (1, 128), (32, 1), (0, 128)], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_op_keeps_what_it_promises(name: str, shape: tuple[int, int]) -> None:
+    """Among it that outputs share no storage, with each other or the input."""
+    recipe = RECIPES[name]
+    if shape[1] % max(recipe.input[1], 1):
+        return
+    for block, t_block in [
+        (recipe.input, recipe.input_for_grad_weight),
+        (recipe.input, None),
+        (None, None),
+    ]:
+        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None, None)
+        torch.library.opcheck(torch.ops.fp8dist.quantize.default, (torch.randn(shape), *args))
+    for x in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8)):
+        torch.library.opcheck(torch.ops.fp8dist.transpose.default, (x, None))
+
+
 def test_scales_of_blocks_are_written_column_by_column() -> None:
     sizes, m_padded, amaxes = sizes_of(100, 256, (1, 128), (128, 1), "power_of_2", False)
     assert sizes == ((100, 256), (2, 2, 100), (256, 128), (2, 1, 256))
@@ -52,7 +70,7 @@ def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
         ((-1, -1), (-1, -1), 1),
         ((1, -1), (-1, 1), 24 + 128),
         ((1, -1), (-1, -1), 24 + 1),
-        ((1, -1), None, 24),
+        ((1, -1), None, 0),
         (None, (-1, 1), 128),
     ]:
         assert sizes_of(M, N, block, t_block, "power_of_2", False)[2] == expected

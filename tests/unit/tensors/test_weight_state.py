@@ -188,6 +188,16 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
         assert payload[rows:].eq(0).all()
 
 
+def test_a_shard_is_looked_at_again_when_it_has_moved(mesh: DeviceMesh) -> None:
+    """FSDP2's lazy initialisation moves a short shard without another parameter."""
+    layer = sharded(mesh)
+    param, state = layer.weight, layer.weight_state
+    shard = state.shard_now(param)
+    assert state.shard_now(param) is shard
+    param._local_tensor = Float8ShardedWeight(shard.data + 1)
+    assert state.shard_now(param).data is param._local_tensor._tensor
+
+
 def test_update_scales_takes_many_weights_at_once(
     mesh: DeviceMesh, amaxes_computed: list[int]
 ) -> None:

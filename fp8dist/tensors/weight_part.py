@@ -1,0 +1,54 @@
+"""A rank's part of a weight that tensor parallelism cuts, cast where it is used."""
+
+import math
+
+import torch
+import torch.distributed._functional_collectives as funcol
+
+from fp8dist import numerics
+from fp8dist.config import WHOLE, Block, Recipe
+from fp8dist.tensors.float8_tensor import Float8Tensor
+
+
+def cast_part(weight: torch.Tensor, dim: int, recipe: Recipe, group_name: str) -> Float8Tensor:
+    """The part in float8, by the scales of the whole weight: traceable, and one all-reduce at most.
+
+    For weights that are not cast once per step: gathered in high precision, or without FSDP2 in
+    compiled code, which cannot look at what a layer keeps.
+
+    Args:
+        weight: (n, K) or (N, k), high precision; n and k are multiples of the recipe's blocks.
+        dim: the dimension that is cut.
+        group_name: the ranks that hold the other parts.
+    """
+    if recipe.scale_format == "e8m0":  # blocks of single rows
+        part = numerics.quantize(weight, recipe.weight, recipe.weight_dtype, recipe.scale_format)
+        exponents = numerics.scale_to_exponent(part.scale)[None]
+        return Float8Tensor(part.data, exponents, weight.shape, weight.dtype)
+    blocks = [recipe.weight]
+    if recipe.weight_for_grad_input != recipe.weight:
+        blocks.append(recipe.weight_for_grad_input)
+    amaxes = _amaxes_of_whole(weight, dim, blocks, group_name)
+    scales = [
+        numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format) for amax in amaxes
+    ]
+    pairs = [torch.stack([scale.reciprocal(), scale]) for scale in scales]
+    data = numerics.cast(weight, scales[0], recipe.weight_dtype)
+    return Float8Tensor(data, pairs[0], weight.shape, weight.dtype, *pairs[1:])
+
+
+def _amaxes_of_whole(
+    weight: torch.Tensor, dim: int, blocks: list[Block], group_name: str
+) -> list[torch.Tensor]:
+    """Float32 amaxes of the blocks that the part touches, of all their elements."""
+    amaxes = [numerics.amax(weight, block).float() for block in blocks]
+    cut = [i for i, block in enumerate(blocks) if block[dim] == WHOLE]
+    if cut:
+        # On the int32 view, see `precompute.all_reduce_amaxes`.
+        flat = torch.cat([amaxes[i].flatten() for i in cut]).view(torch.int32)
+        reduced = funcol.all_reduce(flat, "max", group_name)  # type: ignore[arg-type]
+        flat = funcol.wait_tensor(reduced).view(torch.float32)
+        counts = [math.prod(amaxes[i].shape) for i in cut]
+        for i, part in zip(cut, flat.split(counts), strict=True):
+            amaxes[i] = part.view(amaxes[i].shape)
+    return amaxes
