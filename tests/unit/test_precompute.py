@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale
 
-from fp8dist import precompute
+from fp8dist import numerics, precompute
 from fp8dist.config import RECIPES, Recipe
 from fp8dist.precompute import Shard
 
@@ -222,3 +222,88 @@ def test_scales_are_packed_where_every_rank_has_a_full_shard(
     shard = Shard(torch.zeros(largest, 64), size, (0, 0), (largest, 64), recipe, world)
     assert shard.packed is packed
     assert (shard.exponent_words == (0, 0, 0)) is packed
+
+
+# --- parts of a weight
+
+
+def grid(
+    weight: torch.Tensor, recipe: Recipe, fsdp: tuple[int, int], tp: tuple[int, int]
+) -> list[Shard]:
+    """The shards of all ranks, by the number of ranks and the dimension they cut."""
+    (fsdp_ranks, fsdp_dim), (tp_ranks, tp_dim) = fsdp, tp
+    shards, size = [], (weight.size(0), weight.size(1))
+    for i, part in enumerate(weight.chunk(tp_ranks, tp_dim)):
+        chunks = part.chunk(fsdp_ranks, fsdp_dim)
+        part_start, start = [0, 0], [0, 0]
+        part_start[tp_dim] = i * part.size(tp_dim)
+        for j in range(fsdp_ranks):
+            data = chunks[j] if j < len(chunks) else part[:0]
+            start[fsdp_dim] = min(j * chunks[0].size(fsdp_dim), part.size(fsdp_dim))
+            part_size, largest = (tuple(x.shape) for x in (part, chunks[0]))
+            where = part_size, tuple(start), largest
+            shards.append(Shard(data, *where, recipe, fsdp_ranks, size, tuple(part_start)))
+    return shards
+
+
+FSDP_BY_TP = [
+    *(((ranks, 0), (2, dim)) for ranks in (1, 2, 3, 5) for dim in (0, 1)),
+    ((3, 0), (4, 1)),
+    ((2, 1), (2, 0)),
+    ((2, 1), (2, 1)),
+]
+
+
+@pytest.mark.parametrize(("fsdp", "tp"), FSDP_BY_TP)
+@pytest.mark.parametrize("name", RECIPES)
+def test_parts_have_the_scales_and_bytes_of_the_full_weight(
+    name: str, fsdp: tuple[int, int], tp: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any number of ranks, which take turns: what all of them contribute is reduced."""
+    recipe, weight = RECIPES[name], hp_weight(256, 512)
+    weight *= torch.logspace(-3, 2, 256)[:, None] * torch.logspace(1, -1, 512)
+    other = hp_weight()  # which tensor parallelism leaves alone
+    ranks = [[shard, whole(other, recipe)] for shard in grid(weight, recipe, fsdp, tp)]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(precompute, "all_reduce_amaxes", lambda flat, _: sent.append(flat.clone()))
+    for shards in ranks:
+        precompute.compute_scales(shards, [Group(2)], CPU)
+    assert len(sent) in (0, len(ranks))
+    if sent:
+        largest = torch.stack(sent).view(torch.int32).amax(0).view(torch.float32)
+        monkeypatch.setattr(precompute, "all_reduce_amaxes", lambda flat, _: flat.copy_(largest))
+    for shards in ranks:
+        (scales, _), _, _ = precompute.compute_scales(shards, [Group(2)], CPU)
+        shard = shards[0]
+        rows, columns = (
+            slice(start, start + extent)
+            for start, extent in zip(shard.part_start, shard.size, strict=True)
+        )
+        e8m0 = recipe.scale_format == "e8m0"
+        blocks = [recipe.weight] if e8m0 else shard.reduced_blocks
+        of_part = {}
+        for block in blocks:
+            scale = numerics.amax_to_scale(
+                numerics.amax(weight, block), recipe.weight_dtype, recipe.scale_format
+            )
+            per_element = numerics.repeat_blocks(scale, weight.shape).expand(weight.shape)
+            of_part[block] = per_element[rows, columns]
+        assert len(scales) == (0 if shard.packed else len(blocks))
+        for found, block in zip(scales, blocks[: len(scales)], strict=True):
+            scale = numerics.exponent_to_scale(found[-1]) if e8m0 else found[-1]
+            repeated = numerics.repeat_blocks(scale, torch.Size(shard.size)).expand(shard.size)
+            assert torch.equal(repeated, of_part[block])
+        payload = torch.zeros(
+            shard.largest[0], precompute.payload_columns(shard), dtype=torch.uint8
+        )
+        own = None
+        if not shard.packed:
+            own = numerics.exponent_to_scale(scales[0][-1]) if e8m0 else scales[0][-1]
+        precompute.cast_payloads([shard], [own], [payload])
+        mine = tuple(
+            slice(start, start + extent)
+            for start, extent in zip(shard.start, shard.data.shape, strict=True)
+        )
+        expected = numerics.cast(shard.data, of_part[recipe.weight][mine], recipe.weight_dtype)
+        found_bytes = payload[: shard.data.size(0), : shard.data.size(1)]
+        assert torch.equal(found_bytes, expected.view(torch.uint8))
