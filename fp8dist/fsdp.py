@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from fp8dist.linear import Float8Linear
-from fp8dist.tensors.placement import cut_of, join
+from fp8dist.tensors.placement import join
 from fp8dist.tensors.sharded_weight import check_reshard, is_sharded
 from fp8dist.tensors.weight_state import WeightState, cast_payloads, local_shard, update_scales
 
@@ -35,7 +35,7 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
                 param, state.scales = state.seen.param, None
             if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
                 seen.add(state)
-                if state.gathered is None:
+                if state.seen is None or state.seen.param is not param:
                     # FSDP2 says so to the compiler; a weight that it ignores is found out later.
                     state.set_gathered(getattr(module, "_is_fsdp_managed_module", False))
                 yield state, param
@@ -52,8 +52,7 @@ def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weig
         state.shard_now(param)
     for state, param in weights:
         if len(state.groups) == 2:
-            cut = cut_of(param, fqn=state.fqn)
-            joint.update(dict.fromkeys(state.groups, join(param, cut, state.groups)))
+            joint.update(dict.fromkeys(state.groups, join(param, state.groups)))
     by_group: dict[dist.ProcessGroup | None, list[Weight]] = {}
     for state, param in weights:
         group = state.groups[0] if state.groups else None

@@ -124,7 +124,7 @@ def _with(size: Size, dim: int, extent: int) -> Size:
 
 Groups = tuple[dist.ProcessGroup, ...]
 
-# For the groups along an FSDP and a TP dimension, the group of both: what FSDP's is kept by.
+# By the group along an FSDP dimension and the name of that along a TP dimension: that of both.
 _joint: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = (
     weakref.WeakKeyDictionary()
 )
@@ -150,21 +150,21 @@ def known_groups(groups: Groups) -> Groups:
     return groups if joint is None else (joint,)
 
 
-def join(param: DTensor, cut: Cut, groups: Groups) -> dist.ProcessGroup:
-    """The group that spans both `groups`; made, by all ranks of the root mesh, at the first call.
+def join(param: DTensor, groups: Groups) -> dist.ProcessGroup:
+    """The group that spans both `groups` of a weight that FSDP2 and tensor parallelism cut.
 
-    Args:
-        cut: the dimensions that `groups`, of `groups_of`, run along.
+    The first call makes it, on all ranks of the root mesh.
     """
     known = known_groups(groups)
     if len(known) == 2:
         fsdp, tp = known
-        _joint.setdefault(fsdp, {})[tp.group_name] = _flattened(param.device_mesh, cut).get_group()
+        flattened = _flattened(param.device_mesh, cut_of(param))
+        _joint.setdefault(fsdp, {})[tp.group_name] = flattened.get_group()
         known = known_groups(groups)
     return known[0]
 
 
 def _flattened(mesh: DeviceMesh, cut: Cut) -> DeviceMesh:
     names = [(mesh.mesh_dim_names or ())[dim] for dim in cut if dim is not None]
-    # A name of its own: the user's flattened dimensions have theirs, and the default for others.
+    # A name of its own: the user may have given the default one to something else.
     return mesh[tuple(names)]._flatten("_".join(["fp8dist", *names]))

@@ -190,12 +190,13 @@ def test_groups_run_along_the_dimensions_that_cut() -> None:
 
 
 def test_one_group_of_both_dimensions_is_made_once() -> None:
-    mesh, cut = Mesh((2, 2, 2)), Cut(1, 2)
-    groups = placement.groups_of(Param(mesh), cut)
+    mesh = Mesh((2, 2, 2))
+    param = Param(mesh, Replicate(), Shard(0), Shard(1))
+    groups = placement.groups_of(param, Cut(1, 2))
     assert placement.known_groups(groups) == groups
-    joint = placement.join(Param(mesh), cut, groups)
+    joint = placement.join(param, groups)
     assert mesh.made == [(("dp", "tp"), "fp8dist_dp_tp")]
     assert placement.known_groups(groups) == (joint,)
-    assert placement.join(Param(mesh), cut, groups) is joint
+    assert placement.join(param, groups) is joint
     assert len(mesh.made) == 1
     assert placement.known_groups(groups[:1]) == groups[:1]
