@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8dist.tensors.float8_activation import Float8Activation
 
 _NAMES = {
     "_allgather_base_": "all_gather",
@@ -45,9 +48,14 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # The operators that hand tensors to NCCL or gloo; `_c10d_functional` ends in them too.
+        if args and isinstance(args[0], Float8Activation):
+            with self:  # what is sent are the tensors inside
+                return Float8Activation.__torch_dispatch__(func, types, args, kwargs)
+        # The operators that hand tensors to NCCL or gloo, and their functional kind.
         if func.namespace == "c10d":
             self.collectives.append(_read(func, args))
+        elif func.namespace == "_c10d_functional" and len(func._schema.arguments) > 1:
+            self.collectives.append(_read_functional(func, args))
         return func(*args, **(kwargs or {}))
 
 
@@ -65,6 +73,19 @@ def _read(func: Any, args: tuple[Any, ...]) -> Collective:
     name = func._schema.name.removeprefix("c10d::")
     ranks = dist.ProcessGroup.unbox(given["process_group"]).size()
     return Collective(_NAMES.get(name, name), reduction, sent[0].dtype, sent[0].numel(), ranks)
+
+
+def _read_functional(func: Any, args: tuple[Any, ...]) -> Collective:
+    given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=True))
+    names = {
+        "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "all_reduce": "all_reduce",
+    }
+    name = names[func._schema.name.removeprefix("_c10d_functional::")]
+    ranks = _resolve_process_group(given["group_name"]).size()
+    sent, reduction = given["input"], given.get("reduce_op", "").upper()
+    return Collective(name, reduction, sent.dtype, sent.numel(), ranks)
 
 
 @contextmanager
