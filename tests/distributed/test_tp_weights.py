@@ -70,6 +70,8 @@ def new_model(
     if mesh.ndim > 1:
         names = mesh.mesh_dim_names[:-1]
         dp = mesh[names if len(names) > 1 else names[0]]
+        if "cp" in names:
+            dp = dp._flatten("dp_cp")
         fully_shard(model, mesh=dp, shard_placement_fn=lambda p: Shard(fsdp_dim), **options)
     return model
 
@@ -162,6 +164,22 @@ def test_parts_that_fsdp_cuts_by_columns(recipe: str) -> None:
     for rank, found in enumerate(results):
         for of_model in found:
             check(of_model, recipe, torch.float32, rank, 2)
+
+
+def over_flattened_ranks(recipe: str) -> tuple[list[str], Any]:
+    """FSDP2 over data and context parallel ranks together, as it is combined with the latter."""
+    mesh = init_device_mesh(DEVICE, (1, 2, 2), mesh_dim_names=("dp", "cp", "tp"))
+    model = new_model(mesh, recipe)
+    with collectives() as issued:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    found = {name: read(weight, recipe) for name, weight in unshard(model).items()}
+    return [str(collective) for collective in issued], found
+
+
+def test_fsdp_over_a_flattened_mesh() -> None:
+    for rank, (issued, found) in enumerate(run_on_ranks(4, over_flattened_ranks, "rowwise")):
+        assert issued == ["all_reduce MAX int32[1664] over 4 ranks"]
+        check(found, "rowwise", torch.float32, rank, 2)
 
 
 # --- collectives
