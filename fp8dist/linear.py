@@ -104,6 +104,8 @@ class _Float8Matmul(torch.autograd.Function):
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
         # What arrived is kept as it is: several layers share it, whose transposes would not.
         arrived = isinstance(input, Float8Activation)
+        if needs_weight_grad and isinstance(input, Float8Activation):
+            input.expect_high_precision()
         block = recipe.input_for_grad_weight if needs_weight_grad and not arrived else None
         scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
         saved = (input,)
@@ -163,7 +165,10 @@ class _Float8Matmul(torch.autograd.Function):
                 emulate=config.emulate,
             )
         elif needs_weight_grad:
-            grad_weight = torch.mm(grad_output.t(), saved_input[0])
+            saved_hp = saved_input[0]
+            if isinstance(saved_hp, Float8Activation):
+                saved_hp = saved_hp.high_precision()
+            grad_weight = torch.mm(grad_output.t(), saved_hp)
         return grad_input, grad_weight, None, None
 
 
@@ -303,7 +308,8 @@ class Float8Linear(nn.Linear):
             Without the bias: cut along N where the weight is; where the weight is cut along K, the
             sums that are partial then.
         """
-        if not isinstance(input, DTensor) or weight.device_mesh.ndim != 1:
+        gathered = isinstance(input, Float8Activation)  # without a DTensor around it
+        if not (gathered or isinstance(input, DTensor)) or weight.device_mesh.ndim != 1:
             raise ValueError(
                 f"{self._name()}: its weight is still a DTensor in forward, placed as "
                 f"{weight.placements}: call the module that fully_shard was applied to, which "
@@ -311,7 +317,9 @@ class Float8Linear(nn.Linear):
                 "Float8RowwiseParallel for tensor parallelism"
             )
         mesh, by_column = weight.device_mesh, weight.placements[0].is_shard(0)
-        local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
+        local = input
+        if isinstance(input, DTensor):
+            local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
         output = _matmul(local, self._part(weight, local.dtype), self.config)
         placement = Shard(output.dim() - 1) if by_column else Partial()
         return DTensor.from_local(output, mesh, (placement,), run_check=False)

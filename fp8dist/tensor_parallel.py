@@ -17,7 +17,12 @@ from torch.distributed.tensor.parallel import (
 
 from fp8dist.config import TENSOR, Recipe
 from fp8dist.linear import Float8Linear
-from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+from fp8dist.tensors.float8_activation import (
+    Cut,
+    Float8Activation,
+    cast_activation,
+    gather_tokens,
+)
 
 # [Note: activations in float8]
 # An activation that is cut along its tokens is cast before it is gathered, so that float8 crosses
@@ -25,6 +30,12 @@ from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
 # reduce-scattered, which backward gathers. The operand of grad_weight is derived from what arrived
 # as backward's weight is, see `numerics.rescale_transposed`. Sums of partial results are reduced in
 # high precision.
+# [Note: high-precision grad_weight]
+# Recipes whose grad_weight is computed in high precision need the input and the gradient so. The
+# input is gathered in float8 for output, and again in high precision in backward, from the part
+# that its rank has kept; or, with `gather_input_again=False`, taken from float8. The gradient is
+# gathered once, in high precision, and cast after that, to the same: its scales are of rows.
+#
 # One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
 # one device, what is cut along its features, and not gathered, is cast with it too.
 
@@ -46,6 +57,38 @@ class _CastInput(torch.autograd.Function):
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor, None, None]:
         return grad_output, None, None
+
+
+@torch._dynamo.allow_in_graph
+class _GatherInput(torch.autograd.Function):
+    """Cast and gather the tokens of all ranks; the gradient, of partial sums, is reduce-scattered.
+
+    This rank's part is kept for grad_weight; see [Note: high-precision grad_weight].
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: torch.Tensor, recipe: Recipe, cut: Cut
+    ) -> torch.Tensor:
+        ctx.cut = cut
+        cast = cast_activation(
+            input, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
+        )
+        all_tokens: Any = gather_tokens(cast, cut)
+        return Float8Activation(
+            all_tokens._data, all_tokens._scale, cast._block, cast.dtype, input.detach(), cut
+        )
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        cut: Cut = ctx.cut
+        by_rank = torch.cat(torch.chunk(grad_output, cut.ranks, dim=cut.dim), dim=0)
+        reduced = torch.ops._c10d_functional.reduce_scatter_tensor.default(
+            by_rank.contiguous(), "sum", cut.ranks, cut.group_name
+        )
+        return torch.ops._c10d_functional.wait_tensor.default(reduced), None, None
 
 
 @torch._dynamo.allow_in_graph
@@ -89,6 +132,19 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     return DTensor.from_local(cast, input.device_mesh, input.placements, run_check=False)
 
 
+def _gather_input(input: DTensor, recipe: Recipe) -> torch.Tensor:
+    """All tokens, of this rank; see [Note: high-precision grad_weight]."""
+    mesh, (placement,) = input.device_mesh, input.placements
+    dim = getattr(placement, "dim", 0) % input.dim()
+    if input.size(dim) % mesh.size():
+        raise ValueError(
+            f"dimension {dim} of an input of {tuple(input.shape)} is cut into {mesh.size()} parts "
+            f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
+        )
+    cut = Cut(dim, mesh.size(), mesh.get_group().group_name)
+    return _GatherInput.apply(input.to_local(), recipe, cut)
+
+
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
     local = _CastGradient.apply(output.to_local(), recipe, group_name)
@@ -117,11 +173,6 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
             "the model before parallelize_module, or use the style of torch for this module"
         )
     name, recipe, parts = module._name(), module.config.recipe, mesh.size()
-    if recipe.input_for_grad_weight is None:
-        raise ValueError(
-            f"{name}: {style} does not work with recipe {recipe.name!r}, whose grad_weight takes "
-            "the input in high precision: use another recipe, or the style of torch"
-        )
     size = (module.out_features, module.in_features)[dim]
     if size % (parts * recipe.dim_multiple):
         raise ValueError(
@@ -136,10 +187,18 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     An input that is cut along its tokens is gathered in float8; see [Note: activations in float8].
 
+    Args:
+        gather_input_again: for recipes whose grad_weight is computed in high precision, see
+            [Note: high-precision grad_weight].
+
     Raises:
-        ValueError: in `parallelize_module`: the module is no `Float8Linear`, its recipe cannot be
-            honoured, or N of a rank is no multiple of what the recipe needs.
+        ValueError: in `parallelize_module`: the module is no `Float8Linear`, or N of a rank is no
+            multiple of what the recipe needs.
     """
+
+    def __init__(self, *, gather_input_again: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gather_input_again = gather_input_again
 
     @staticmethod
     def _prepare_input_fn(
@@ -148,10 +207,15 @@ class Float8ColwiseParallel(ColwiseParallel):
         mod: Float8Linear,
         inputs: tuple[torch.Tensor, ...],
         device_mesh: DeviceMesh,
-    ) -> DTensor:
+    ) -> torch.Tensor:
+        if isinstance(inputs[0], Float8Activation) and inputs[0]._part is not None:
+            return inputs[0]  # gathered for several layers
         input = _as_dtensor(inputs[0], device_mesh, input_layouts)
+        recipe = mod.config.recipe
         if _on_tokens(input.placements, input):
-            input = _cast_input(input, mod.config.recipe)
+            if recipe.input_for_grad_weight is None and mod.gather_input_again:
+                return _gather_input(input, recipe)
+            input = _cast_input(input, recipe)
         if input.placements != desired_input_layouts:
             input = input.redistribute(placements=desired_input_layouts)
         return input
@@ -173,6 +237,7 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _check(type(self).__name__, module, device_mesh, 0)
+        setattr(module, "gather_input_again", self.gather_input_again)  # noqa: B010
         return super()._apply(module, device_mesh)
 
 
@@ -211,8 +276,9 @@ class Float8RowwiseParallel(RowwiseParallel):
     ) -> torch.Tensor:
         if outputs.placements != output_layouts:
             outputs = outputs.redistribute(placements=output_layouts)
-        if _on_tokens(outputs.placements, outputs):
-            outputs = _cast_gradient(outputs, mod.config.recipe)
+        recipe = mod.config.recipe
+        if _on_tokens(outputs.placements, outputs) and recipe.grad_output_for_grad_weight:
+            outputs = _cast_gradient(outputs, recipe)
         outputs = _with_bias(outputs, mod)
         return outputs.to_local() if use_local_output else outputs
 
@@ -230,6 +296,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         float8_dtype: torch.float8_e4m3fn.
         fwd_config_submodule_fqn: the `Float8Linear` whose recipe to cast by; None: that of all in
             the module.
+        gather_input_again: see `Float8ColwiseParallel`. The module gets a local tensor if so.
 
     Raises:
         ValueError: in `parallelize_module`: the module has no `Float8Linear`, or several recipes.
@@ -240,6 +307,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         *,
         float8_dtype: torch.dtype = torch.float8_e4m3fn,
         fwd_config_submodule_fqn: str | None = None,
+        gather_input_again: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -248,6 +316,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
                 f"float8_dtype is {float8_dtype}: only torch.float8_e4m3fn is supported"
             )
         self.fwd_config_submodule_fqn = fwd_config_submodule_fqn
+        self.gather_input_again = gather_input_again
         self.recipe: Recipe | None = None
 
     def _prepare_input_arg(
@@ -262,6 +331,8 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         prepared = _as_dtensor(input, mesh, (input_layout,))
         if desired_layout is not None and prepared.placements != (desired_layout,):
             if _on_tokens(prepared.placements, prepared) and desired_layout == Replicate():
+                if self.recipe.input_for_grad_weight is None and self.gather_input_again:
+                    return _gather_input(prepared, self.recipe)
                 prepared = _cast_input(prepared, self.recipe)
             prepared = prepared.redistribute(placements=(desired_layout,))
         return prepared.to_local() if self.use_local_output else prepared

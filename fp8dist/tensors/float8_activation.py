@@ -1,6 +1,6 @@
 """`Float8Activation`: float8 data and scales that stand for a high-precision activation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -22,6 +22,28 @@ _VIEW_OPS = {aten.view.default, aten._unsafe_view.default}
 _SPLIT_OPS = {aten.split.Tensor, aten.split_with_sizes.default}
 
 
+class Cut(NamedTuple):
+    """Which dimension of tokens ranks cut, how many ranks, and their group's name."""
+
+    dim: int
+    ranks: int
+    group_name: str
+
+
+class Again:
+    """What is gathered a second time, once for all layers whose backward will ask for it."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.gathered: torch.Tensor | None = None
+
+    def take(self, part: torch.Tensor, cut: Cut) -> torch.Tensor:
+        gathered = gather_tokens(part, cut) if self.gathered is None else self.gathered
+        self.users -= 1
+        self.gathered = gathered if self.users > 0 else None
+        return gathered
+
+
 class Float8Activation(torch.Tensor):
     """An activation, or the gradient of one, in float8; behaves as one of `dtype`.
 
@@ -34,20 +56,32 @@ class Float8Activation(torch.Tensor):
         scale: float32, or uint8 for e8m0: (..., K / block columns), or (1,) for one scale.
         block: the elements of data as (tokens, K) that share a scale: TENSOR, or within a token.
         dtype: the high-precision dtype it stands for, which its gradients have.
+        part: this rank's part of what was gathered, high precision, to be gathered again.
+        cut: how it was cut.
     """
 
     _data: torch.Tensor
     _scale: torch.Tensor
     _block: Block
+    _part: torch.Tensor | None
+    _cut: Cut | None
+    _again: Again
 
     @staticmethod
     def __new__(
-        cls, data: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype
+        cls,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        block: Block,
+        dtype: torch.dtype,
+        part: torch.Tensor | None = None,
+        cut: Cut | None = None,
     ) -> "Float8Activation":
         self = torch.Tensor._make_wrapper_subclass(
             cls, data.size(), strides=data.stride(), dtype=dtype, device=data.device
         )
         self._data, self._scale, self._block = data, scale, block
+        self._part, self._cut, self._again = part, cut, Again()
         return self
 
     def scaled(self) -> Scaled:
@@ -64,8 +98,24 @@ class Float8Activation(torch.Tensor):
         data, scale, *_ = self.scaled()
         return numerics.dequantize(data, scale).view(self.shape).to(self.dtype)
 
+    def expect_high_precision(self) -> None:
+        """`high_precision` will be called once more."""
+        self._again.users += 1
+
+    def high_precision(self) -> torch.Tensor:
+        """(..., K), `dtype`: gathered again if a part was kept, or the value."""
+        if self._part is None or self._cut is None:
+            return self.dequantize()
+        return self._again.take(self._part, self._cut).reshape(self.shape)
+
     def _with(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
         return Float8Activation(data, scale, self._block, self.dtype)
+
+    def _as_is(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
+        """All tokens, in their order."""
+        out = Float8Activation(data, scale, self._block, self.dtype, self._part, self._cut)
+        out._again = self._again
+        return out
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -95,15 +145,15 @@ class Float8Activation(torch.Tensor):
         data, scale, last = self._data, self._scale, self.dim() - 1
         one_scale = self._block == TENSOR
         if func in _BOTH_OPS:
-            return self._with(func(data, *args), func(scale, *args))
+            return self._as_is(func(data, *args), func(scale, *args))
         if func in _WAIT_OPS:
-            return self._with(*(_c10d.wait_tensor.default(part) for part in (data, scale)))
+            return self._as_is(*(_c10d.wait_tensor.default(part) for part in (data, scale)))
         if func in _VIEW_OPS:
             viewed = func(data.view(torch.uint8), *args).view(data.dtype)
             if viewed.size(-1) != data.size(-1):
                 return None
             size = (*viewed.shape[:-1], scale.size(-1))
-            return self._with(viewed, scale if one_scale else scale.view(size))
+            return self._as_is(viewed, scale if one_scale else scale.view(size))
         if func is _c10d.all_gather_into_tensor.default:
             gathered = func(data.view(torch.uint8), *args).view(data.dtype)
             return self._with(gathered, scale if one_scale else func(scale, *args))
@@ -120,20 +170,34 @@ class Float8Activation(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Block, torch.dtype]]:
-        return ["_data", "_scale"], (self._block, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Block, torch.dtype, Cut | None]]:
+        names = ["_data", "_scale"] if self._part is None else ["_data", "_scale", "_part"]
+        return names, (self._block, self.dtype, self._cut)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor],
-        meta: tuple[Block, torch.dtype],
+        meta: tuple[Block, torch.dtype, Cut | None],
         outer_size: torch.Size,
         outer_stride: Any,
     ) -> "Float8Activation":
-        return Float8Activation(inner["_data"], inner["_scale"], *meta)
+        block, dtype, cut = meta
+        return Float8Activation(
+            inner["_data"], inner["_scale"], block, dtype, inner.get("_part"), cut
+        )
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8Activation(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def gather_tokens(part: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """All tokens, from this rank's."""
+    gathered = _c10d.wait_tensor.default(
+        _c10d.all_gather_into_tensor.default(part.contiguous(), cut.ranks, cut.group_name)
+    )
+    if cut.dim == 0:
+        return gathered
+    return torch.cat(torch.chunk(gathered, cut.ranks, dim=0), dim=cut.dim)
 
 
 def cast_activation(
