@@ -23,6 +23,7 @@ from fp8dist.tensors.float8_activation import (
     cast_activation,
     gather_tokens,
 )
+from fp8dist.tensors.placement import check_part
 
 # [Note: activations in float8]
 # An activation that is cut along its tokens is cast before it is gathered, so that float8 crosses
@@ -172,14 +173,8 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
             f"{style} was planned for a {type(module).__name__}: it takes a Float8Linear: convert "
             "the model before parallelize_module, or use the style of torch for this module"
         )
-    name, recipe, parts = module._name(), module.config.recipe, mesh.size()
-    size = (module.out_features, module.in_features)[dim]
-    if size % (parts * recipe.dim_multiple):
-        raise ValueError(
-            f"{name}: {style} cuts {'out_features' if dim == 0 else 'in_features'}={size} into "
-            f"{parts} parts, not multiples of the {recipe.dim_multiple} that recipe "
-            f"{recipe.name!r} needs: leave the layer unconverted, or use fewer ranks"
-        )
+    size = (module.out_features, module.in_features)
+    check_part(module._name(), size, dim, mesh.size(), module.config.recipe)
 
 
 class Float8ColwiseParallel(ColwiseParallel):

@@ -53,7 +53,7 @@ def test_a_module_that_is_not_float8(style: type[ParallelStyle], mesh: DeviceMes
 def test_parts_that_the_recipe_cannot_multiply(
     recipe: str, inputs: int, outputs: int, ranks: int, dim: int, name: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"blocks\.0\.wq: .* {name} into {ranks} parts"):
+    with pytest.raises(ValueError, match=rf"blocks\.0\.wq: .* over {ranks} ranks cuts {name} "):
         _check("style", layer(recipe, inputs, outputs), Mesh(ranks), dim)
     _check("style", layer(recipe, inputs, outputs), Mesh(1), dim)
 
