@@ -76,3 +76,31 @@ def test_rescale_transposed(name, content):
         got, want = kernels.rescale_transposed(*args), numerics.rescale_transposed(*args)
         assert got.data.is_contiguous()
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("content", ["normal", "wide", "zeros", "nan"])
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
+def test_an_activation_that_arrived_is_derived(name, content):
+    """From scales of tokens to scales of features, by the amaxes of what arrived."""
+    recipe = RECIPES[name]
+    for shape in SHAPES:
+        x = make(shape, content, torch.bfloat16)
+        arrived = kernels.quantize(x, recipe.input, recipe.input_dtype, recipe.scale_format)
+        got = kernels.rescale_transposed(
+            arrived, recipe.input_for_grad_weight, None, recipe.scale_format
+        )
+        if recipe.input == recipe.input_for_grad_weight:
+            want = arrived.t()
+        else:
+            value = numerics.dequantize(arrived.data, arrived.scale)
+            args = (recipe.input_for_grad_weight, recipe.input_dtype, recipe.scale_format)
+            _, want = numerics.quantize_both(value, None, *args)
+        assert_same(got, want)
+
+
+def test_one_scale_from_an_amax_that_is_known():
+    x = make((130, 384), "normal", torch.bfloat16)
+    amax = torch.full((1, 1), 7.0).cuda()
+    got = kernels.quantize(x, (-1, -1), torch.float8_e5m2, "exact", amax)
+    scale = numerics.amax_to_scale(amax, torch.float8_e5m2, "exact")
+    assert_same(got, Scaled(numerics.cast(x, scale, torch.float8_e5m2), scale, (-1, -1)))
