@@ -117,12 +117,12 @@ class JobConfig:
         self._validate_dataset()
 
     def _validate_degrees(self) -> None:
-        for kind in ("tensor", "pipeline", "context"):
+        for kind in ("pipeline", "context"):
             key = f"parallelism.{kind}_parallel_degree"
             if (degree := _get(self, key)) > 1:
                 raise ValueError(
                     f"{key} is {degree}: {kind} parallelism is not supported by this trainer; set "
-                    f"it to 1 and use the data_parallel degrees"
+                    f"it to 1 and use the data_parallel degrees and tensor_parallel_degree"
                 )
 
     def _validate_converters(self) -> None:

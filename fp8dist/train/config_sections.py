@@ -107,7 +107,7 @@ class TrainingSection:
     dataset_path: str | None = None
     """File, or folder of files, .txt or .jsonl, to train on, whatever training.dataset says."""
     local_batch_size: int = 8
-    """Sequences per rank in one forward."""
+    """Sequences in one forward of a data-parallel rank."""
     global_batch_size: int = -1
     """Sequences per step over all ranks; more than one forward holds is accumulated over several.
     -1: local_batch_size times the data-parallel ranks."""
@@ -152,27 +152,31 @@ class ParallelismSection:
     """Free gathered parameters after forward and gather them again for backward. default: in the
     blocks, not in the layers around them."""
     tensor_parallel_degree: int = 1
-    """Tensor parallelism is not supported: 1."""
+    """Ranks that share the work of each layer, and a batch (tensor parallelism); it divides the
+    model's heads, its kv heads and training.seq_len."""
     pipeline_parallel_degree: int = 1
     """Pipeline parallelism is not supported: 1."""
     context_parallel_degree: int = 1
     """Context parallelism is not supported: 1."""
 
     def shard_degree(self, world_size: int) -> int:
-        """Ranks per copy of the parameters, out of `world_size` ranks.
+        """Ranks over which FSDP shards each parameter, out of `world_size` ranks.
 
-        Raises ValueError if replicas times shards is not the number of ranks.
+        Raises ValueError if replicas times shards times tensor-parallel ranks is not the number of
+        ranks.
         """
         replicas, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
-        if shards == -1 and world_size % replicas == 0:
-            return world_size // replicas
-        if shards * replicas == world_size:
+        others = replicas * self.tensor_parallel_degree
+        if shards == -1 and world_size % others == 0:
+            return world_size // others
+        if shards * others == world_size:
             return shards
         raise ValueError(
-            f"parallelism.data_parallel_replicate_degree={replicas} and "
-            f"parallelism.data_parallel_shard_degree={shards} do not fit {world_size} ranks: their "
-            f"product must be {world_size}, or the shard degree -1 and the replicate degree a "
-            f"divisor of {world_size}"
+            f"parallelism.data_parallel_replicate_degree={replicas}, "
+            f"parallelism.data_parallel_shard_degree={shards} and "
+            f"parallelism.tensor_parallel_degree={self.tensor_parallel_degree} do not fit "
+            f"{world_size} ranks: their product must be {world_size}, or the shard degree -1 and "
+            f"the product of the other two a divisor of {world_size}"
         )
 
 

@@ -19,6 +19,7 @@ from fp8dist.train.model import model_shape
 from fp8dist.train.optimizer import build_optimizer, set_learning_rate
 from fp8dist.train.parallelize import build_loss, build_mesh, build_model
 from fp8dist.train.plot import plot_losses
+from fp8dist.train.tensor_parallel import loss_context
 from fp8dist.train.wire import count_all_gathers
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,11 @@ class Trainer:
         same_everywhere(amount, "the training text (documents, bytes)")
         shape = model_shape(job.model.flavor, tokenizer.vocab_size)
         mesh = build_mesh(job, device, dist.get_world_size())
-        # Replicas are data-parallel too: every rank of the mesh takes its part of the batch.
-        self.data = build_dataset(
-            job, documents, tokenizer, rank=dist.get_rank(), world=dist.get_world_size()
-        )
+        # Replicas are data-parallel too: they take different parts of the batch. The ranks of
+        # tensor parallelism, the mesh's last dimension, take the same.
+        degree = job.parallelism.tensor_parallel_degree
+        rank, world = dist.get_rank() // degree, dist.get_world_size() // degree
+        self.data = build_dataset(job, documents, tokenizer, rank=rank, world=world)
         self.model = build_model(job, shape, mesh, device)
         self.wire = count_all_gathers(self.model)
         self.loss = build_loss(job)
@@ -124,17 +126,16 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for tokens, targets in batches:
             logits = self.model(tokens.to(self.device))
-            loss = self.loss(logits, targets.to(self.device)) / len(batches)
-            del logits  # backward needs the memory
-            loss.backward()
-            total += loss.detach()
+            with loss_context(self.job):
+                loss = self.loss(logits, targets.to(self.device)) / len(batches)
+                del logits  # backward needs the memory
+                loss.backward()
+            total += _plain(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.training.max_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         self.optimizer.step()
         self._precompute()
         self.record.gathered_bytes.append(self.wire.bytes - gathered_before)
-        return torch.stack((total, norm))
+        return torch.stack((total, _plain(norm)))
 
     def _precompute(self) -> None:
         """All scales of the next step in one all-reduce, if the job gathers in float8."""
@@ -174,3 +175,7 @@ class Trainer:
         agree(write)
         logger.info(record.summary())
         logger.info("wrote %s and %s", self.folder / "run.json", self.folder / "loss.png")
+
+
+def _plain(number: torch.Tensor) -> torch.Tensor:
+    return number.full_tensor() if isinstance(number, DTensor) else number

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,7 @@ class Llama(nn.Module):
             full = torch.empty(param.shape, dtype=torch.float32, device=device)
             self._draw(name, full, generator)
             if isinstance(param, DTensor):
-                # src_data_rank=None: each rank slices its own copy, nothing is sent.
-                full = distribute_tensor(
-                    full, param.device_mesh, param.placements, src_data_rank=None
-                ).to_local()
-                param.to_local().copy_(full)
+                param.to_local().copy_(_part(full, param))
             else:
                 param.copy_(full)
 
@@ -221,3 +217,16 @@ class Llama(nn.Module):
         elif name == "tok_embeddings.weight":
             std = 1.0
         nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def _part(full: torch.Tensor, param: DTensor) -> torch.Tensor:
+    """What this rank holds of `full` where it is placed as `param` is; nothing is sent."""
+    mesh = param.device_mesh
+    # From the last dimension of the mesh: FSDP, the first, cuts what tensor parallelism has left.
+    for mesh_dim, placement in reversed(list(enumerate(param.placements))):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            parts = full.chunk(mesh.size(mesh_dim), dim)
+            rank = mesh.get_local_rank(mesh_dim)
+            full = parts[rank] if rank < len(parts) else full.narrow(dim, 0, 0)
+    return full

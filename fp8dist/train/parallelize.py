@@ -1,6 +1,7 @@
-"""From a configuration to a sharded model: convert, checkpoint, compile, shard, initialise."""
+"""From a configuration to a sharded model: convert, cut, checkpoint, compile, shard, initialise."""
 
 import functools
+import logging
 from typing import cast
 
 import torch
@@ -17,6 +18,9 @@ from torch.utils.checkpoint import (
 import fp8dist
 from fp8dist.train.config import JobConfig
 from fp8dist.train.model import Llama, ModelShape, TransformerBlock
+from fp8dist.train.tensor_parallel import check_shape, cut
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,31 +36,47 @@ KEPT_OPS = {
 
 
 def build_mesh(job: JobConfig, device: torch.device, world_size: int) -> DeviceMesh:
-    """The mesh parameters are sharded on: 1-D for FSDP, replicas x shards for HSDP.
+    """All ranks: dp_shard for FSDP, after dp_replicate for HSDP, before tp with tensor parallelism.
 
     Raises:
         ValueError: the degrees do not multiply to the number of ranks.
     """
-    shards = job.parallelism.shard_degree(world_size)
-    replicas = job.parallelism.data_parallel_replicate_degree
-    if replicas == 1:
-        return init_device_mesh(device.type, (shards,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    sizes = {"dp_shard": job.parallelism.shard_degree(world_size)}
+    if (replicas := job.parallelism.data_parallel_replicate_degree) > 1:
+        sizes = {"dp_replicate": replicas, **sizes}
+    if (degree := job.parallelism.tensor_parallel_degree) > 1:
+        sizes["tp"] = degree
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if degree > 1:
+        # DTensor finds it by itself: the norm of gradients, which both cut, is one all-reduce then.
+        mesh["dp_shard", "tp"]._flatten("dp_shard_tp")
+    return mesh
+
+
+def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    """The part of `build_mesh`'s mesh whose ranks have batches of their own: FSDP's or HSDP's."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    return mesh[names]
 
 
 def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> Llama:
-    """The sharded, initialised model of `job` on `device`; collective-free until its forward."""
+    """The sharded, initialised model of `job` on `device`; collective-free until its forward.
+
+    Raises:
+        ValueError: tensor parallelism does not fit the model, its float8 layers or the sequence.
+    """
+    check_shape(job, shape)
     with torch.device("meta"):
         model = Llama(shape, job.training.seq_len).to(DTYPES[job.training.dtype])
     if job.float8_enabled:
         convert(model, job)
+    if job.parallelism.tensor_parallel_degree > 1:
+        cut(model, job, mesh["tp"])
     checkpoint_activations(model, job)
     if job.compile.enable and "model" in job.compile.components:
         for block in model.layers:
             block.compile(fullgraph=True)
-    shard(model, job, mesh)
+    shard(model, job, data_parallel(mesh))
     model.to_empty(device=device)
     model.init_weights(job.debug.seed or 0)
     return model
@@ -116,9 +136,15 @@ def shard(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:
 
 
 def build_loss(job: JobConfig):  # noqa: ANN201
-    """The function (logits, targets) -> mean cross entropy in nats, compiled if asked."""
+    """The function (logits, targets) -> mean cross entropy in nats, compiled if asked.
+
+    Not so with tensor parallelism: compiled, torch's loss of logits that are cut along the
+    vocabulary comes out multiplied by the ranks.
+    """
     if job.compile.enable and "loss" in job.compile.components:
-        return torch.compile(cross_entropy)
+        if job.parallelism.tensor_parallel_degree == 1:
+            return torch.compile(cross_entropy)
+        logger.info("the loss is not compiled: tensor parallelism shares its vocabulary")
     return cross_entropy
 
 

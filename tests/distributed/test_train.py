@@ -31,7 +31,10 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A little of the standard library, so that a job starts at once."""
-    folder = tmp_path_factory.mktemp("text")
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def write_text(folder: Path) -> Path:
     for document in find_documents(None)[:40]:
         (folder / f"{document.path.stem}-{document.length}.txt").write_bytes(document.read())
     return folder

@@ -619,7 +619,7 @@ class TestMXFlags:
 
 
 class TestRefusedValues:
-    @pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
+    @pytest.mark.parametrize("kind", ["pipeline", "context"])
     def test_degrees_it_cannot_honour(self, kind):
         key = f"parallelism.{kind}_parallel_degree"
         assert f"{key} is 2: {kind} parallelism is not supported" in refusal(f"--{key} 2")
@@ -725,19 +725,35 @@ class TestDataset:
 
 class TestShardDegree:
     @pytest.mark.parametrize(
-        ("replicas", "shards", "ranks", "expected"),
-        [(1, -1, 4, 4), (2, -1, 4, 2), (4, -1, 4, 1), (1, 4, 4, 4), (2, 3, 6, 3), (1, -1, 1, 1)],
+        ("replicas", "shards", "tensor", "ranks", "expected"),
+        [
+            (1, -1, 1, 4, 4),
+            (2, -1, 1, 4, 2),
+            (4, -1, 1, 4, 1),
+            (1, 4, 1, 4, 4),
+            (2, 3, 1, 6, 3),
+            (1, -1, 1, 1, 1),
+            (1, -1, 2, 4, 2),
+            (1, 1, 2, 2, 1),
+            (2, -1, 2, 8, 2),
+            (2, 3, 4, 24, 3),
+        ],
     )
-    def test_fits(self, replicas, shards, ranks, expected):
+    def test_fits(self, replicas, shards, tensor, ranks, expected):
         config = JobConfig()
         config.parallelism.data_parallel_replicate_degree = replicas
         config.parallelism.data_parallel_shard_degree = shards
+        config.parallelism.tensor_parallel_degree = tensor
         assert config.parallelism.shard_degree(ranks) == expected
 
-    @pytest.mark.parametrize(("replicas", "shards", "ranks"), [(3, -1, 4), (1, 2, 4), (8, -1, 4)])
-    def test_does_not_fit(self, replicas, shards, ranks):
+    @pytest.mark.parametrize(
+        ("replicas", "shards", "tensor", "ranks"),
+        [(3, -1, 1, 4), (1, 2, 1, 4), (8, -1, 1, 4), (1, -1, 3, 4), (1, 4, 2, 4), (4, -1, 2, 4)],
+    )
+    def test_does_not_fit(self, replicas, shards, tensor, ranks):
         config = JobConfig()
         config.parallelism.data_parallel_replicate_degree = replicas
         config.parallelism.data_parallel_shard_degree = shards
+        config.parallelism.tensor_parallel_degree = tensor
         with pytest.raises(ValueError, match=f"do not fit {ranks} ranks"):
             config.parallelism.shard_degree(ranks)
