@@ -298,7 +298,9 @@ backward
 def test_rowwise_with_gw_hp_collectives() -> None:
     """In backward the input crosses once more, in high precision (float32 here), as does the
     gradient."""
-    assert_expected_inline(text("rowwise_with_gw_hp"), """\
+    assert_expected_inline(
+        text("rowwise_with_gw_hp"),
+        """\
 forward
   all_gather uint8[32768] over 2 ranks
   all_gather float32[64] over 2 ranks
@@ -312,11 +314,14 @@ backward
   reduce_scatter SUM float32[65536] over 2 ranks
   all_gather float32[32768] over 2 ranks
   all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""")
+  reduce_scatter SUM float32[65536] over 2 ranks""",
+    )
 
 
 def test_rowwise_with_gw_hp_collectives_from_the_float8_copy() -> None:
-    assert_expected_inline(text("rowwise_with_gw_hp", again=False), """\
+    assert_expected_inline(
+        text("rowwise_with_gw_hp", again=False),
+        """\
 forward
   all_gather uint8[32768] over 2 ranks
   all_gather float32[64] over 2 ranks
@@ -328,7 +333,8 @@ backward
   all_gather float32[32768] over 2 ranks
   reduce_scatter SUM float32[65536] over 2 ranks
   all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""")
+  reduce_scatter SUM float32[65536] over 2 ranks""",
+    )
 
 
 def grad_weights(recipe: str, again: bool) -> dict[str, torch.Tensor]:
