@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fp8dist import kernels
-from fp8dist.config import HP_DTYPES, Block, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, RECIPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
 from fp8dist.tensors.float8_activation import Float8Activation
@@ -190,9 +190,9 @@ class _CastPart(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, part: torch.Tensor, dim: int, recipe: Recipe, group_name: str
+        ctx: Any, part: torch.Tensor, dim: int, recipe_name: str, group_name: str
     ) -> Float8Tensor:
-        return cast_part(_hp(part), dim, recipe, group_name)
+        return cast_part(_hp(part), dim, RECIPES[recipe_name], group_name)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -334,7 +334,7 @@ class Float8Linear(nn.Linear):
             return _StandIn.apply(part, local_float8(state, weight, dtype))
         dim = 0 if weight.placements[0].is_shard(0) else 1
         group_name = weight.device_mesh.get_group().group_name
-        return _CastPart.apply(part, dim, self.config.recipe, group_name)
+        return _CastPart.apply(part, dim, self.config.recipe.name, group_name)
 
     def _name(self) -> str:
         return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__

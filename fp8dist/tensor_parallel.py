@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
-from fp8dist.config import TENSOR, Recipe
+from fp8dist.config import RECIPES, TENSOR, Recipe
 from fp8dist.linear import Float8Linear
 from fp8dist.tensors.float8_activation import (
     Cut,
@@ -41,14 +41,18 @@ from fp8dist.tensors.placement import check_part
 # one device, what is cut along its features, and not gathered, is cast with it too.
 
 
+# What these are given by name is a constant to the compiler: the numbers in a `Recipe` are not.
+
+
 @torch._dynamo.allow_in_graph
 class _CastInput(torch.autograd.Function):
     """Cast in forward; the gradient passes."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: torch.Tensor, recipe: Recipe, group_name: str
+        ctx: Any, input: torch.Tensor, recipe_name: str, group_name: str
     ) -> torch.Tensor:
+        recipe = RECIPES[recipe_name]
         return cast_activation(
             input, recipe.input, recipe.input_dtype, recipe.scale_format, group_name
         )
@@ -69,9 +73,9 @@ class _GatherInput(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: torch.Tensor, recipe: Recipe, cut: Cut
+        ctx: Any, input: torch.Tensor, recipe_name: str, cut: Cut
     ) -> torch.Tensor:
-        ctx.cut = cut
+        ctx.cut, recipe = cut, RECIPES[recipe_name]
         cast = cast_activation(
             input, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
         )
@@ -98,8 +102,9 @@ class _CastGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, output: torch.Tensor, recipe: Recipe, group_name: str
+        ctx: Any, output: torch.Tensor, recipe_name: str, group_name: str
     ) -> torch.Tensor:
+        recipe = RECIPES[recipe_name]
         ctx.args = (
             recipe.grad_output,
             recipe.grad_output_dtype,
@@ -129,7 +134,7 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     if isinstance(local, Float8Activation):
         return input
     group_name = input.device_mesh.get_group().group_name
-    cast = _CastInput.apply(local, recipe, group_name)
+    cast = _CastInput.apply(local, recipe.name, group_name)
     return DTensor.from_local(cast, input.device_mesh, input.placements, run_check=False)
 
 
@@ -143,12 +148,12 @@ def _gather_input(input: DTensor, recipe: Recipe) -> torch.Tensor:
             f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
         )
     cut = Cut(dim, mesh.size(), mesh.get_group().group_name)
-    return _GatherInput.apply(input.to_local(), recipe, cut)
+    return _GatherInput.apply(input.to_local(), recipe.name, cut)
 
 
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
-    local = _CastGradient.apply(output.to_local(), recipe, group_name)
+    local = _CastGradient.apply(output.to_local(), recipe.name, group_name)
     return DTensor.from_local(local, output.device_mesh, output.placements, run_check=False)
 
 

@@ -183,6 +183,22 @@ def test_is_what_one_device_computes(recipe: str, mode: str) -> None:
         assert not bad
 
 
+def two_compiled_recipes() -> None:
+    """Without a reset of the compiler in between, as in a model that mixes them."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    torch._dynamo.reset()
+    for recipe in RECIPES:
+        block = parallelize_module(block_of(recipe), mesh, plan())
+        eager = block(part(batch(1), mesh))
+        block.compile(fullgraph=True, backend="aot_eager")
+        found = block(part(batch(1), mesh))
+        assert sqnr(found, eager) > 110
+
+
+def test_several_recipes_compile_in_one_process() -> None:
+    run_on_ranks(2, two_compiled_recipes)
+
+
 def traffic(recipe: str, again: bool) -> tuple[list[Collective], list[Collective]]:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     block = parallelize_module(block_of(recipe), mesh, plan(again))
