@@ -201,10 +201,28 @@ class _CastPart(torch.autograd.Function):
         return grad, None, None, None
 
 
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    device_type = x.device.type
+    available = torch.amp.is_autocast_available(device_type)  # not for a meta device
+    if not available or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast(input: torch.Tensor) -> torch.Tensor:
+    """The input as autocast would have it for `F.linear`."""
+    dtype = _autocast_dtype(input)
+    return input if dtype is None else input.to(dtype)
+
+
 def _matmul(input: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
     """input (..., K) @ weight^T: (..., N)."""
     flat = input.reshape(-1, input.size(-1))
-    output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+    if _autocast_dtype(input) is None:
+        output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+    else:  # the input is of it already; nothing is to be cast inside
+        with torch.autocast(input.device.type, enabled=False):
+            output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
     if input.dim() != 2:
         # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
         output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.size(-1)))
@@ -232,6 +250,9 @@ class Float8Linear(nn.Linear):
     config: Float8Config
     # None where FSDP2 gathers the weight in high precision.
     weight_state: WeightState | None
+    # Of tensor parallelism, set by its styles.
+    style: str | None = None
+    gather_input_again: bool = True
 
     @classmethod
     def from_float(
@@ -287,13 +308,7 @@ class Float8Linear(nn.Linear):
                 f"{self._name()}: the input is {tuple(input.shape)}, its last dimension should be "
                 f"in_features={self.in_features}"
             )
-        device_type = input.device.type
-        autocasts = torch.amp.is_autocast_available(device_type)  # not a meta device
-        if autocasts and torch.is_autocast_enabled(device_type):
-            # As autocast would for F.linear; it must not cast inside the float8 function too.
-            with torch.autocast(device_type, enabled=False):
-                return self._linear(input.to(torch.get_autocast_dtype(device_type)))
-        return self._linear(input)
+        return self._linear(autocast(input))
 
     def _linear(self, input: torch.Tensor) -> torch.Tensor:
         output = _matmul(input, self.weight, self.config)
@@ -308,8 +323,8 @@ class Float8Linear(nn.Linear):
             Without the bias: cut along N where the weight is; where the weight is cut along K, the
             sums that are partial then.
         """
-        gathered = isinstance(input, Float8Activation)  # without a DTensor around it
-        if not (gathered or isinstance(input, DTensor)) or weight.device_mesh.ndim != 1:
+        planned = self.style is not None and weight.device_mesh.ndim == 1
+        if not planned or not isinstance(input, DTensor):
             raise ValueError(
                 f"{self._name()}: its weight is still a DTensor in forward, placed as "
                 f"{weight.placements}: call the module that fully_shard was applied to, which "
@@ -317,9 +332,7 @@ class Float8Linear(nn.Linear):
                 "Float8RowwiseParallel for tensor parallelism"
             )
         mesh, by_column = weight.device_mesh, weight.placements[0].is_shard(0)
-        local = input
-        if isinstance(input, DTensor):
-            local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
+        local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
         output = _matmul(local, self._part(weight, local.dtype), self.config)
         placement = Shard(output.dim() - 1) if by_column else Partial()
         return DTensor.from_local(output, mesh, (placement,), run_check=False)

@@ -3,6 +3,7 @@
 They are used as torch's of the same names without `Float8`, in a plan for `parallelize_module`.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fp8dist.config import RECIPES, TENSOR, Recipe
-from fp8dist.linear import Float8Linear
+from fp8dist.linear import Float8Linear, autocast
 from fp8dist.tensors.float8_activation import (
     Cut,
     Float8Activation,
@@ -66,34 +67,33 @@ class _CastInput(torch.autograd.Function):
 
 @torch._dynamo.allow_in_graph
 class _GatherInput(torch.autograd.Function):
-    """Cast and gather the tokens of all ranks; the gradient, of partial sums, is reduce-scattered.
+    """Cast and gather the tokens of all ranks; the gradient goes the way back, from what it is.
 
     This rank's part is kept for grad_weight; see [Note: high-precision grad_weight].
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: torch.Tensor, recipe_name: str, cut: Cut
-    ) -> torch.Tensor:
-        ctx.cut, recipe = cut, RECIPES[recipe_name]
+        ctx: Any, input: DTensor, recipe_name: str, cut: Cut
+    ) -> DTensor:
+        ctx.mesh, ctx.placements = input.device_mesh, input.placements
+        local, recipe = input._local_tensor, RECIPES[recipe_name]
         cast = cast_activation(
-            input, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
+            local, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
         )
         all_tokens: Any = gather_tokens(cast, cut)
-        return Float8Activation(
-            all_tokens._data, all_tokens._scale, cast._block, cast.dtype, input.detach(), cut
+        out = Float8Activation(
+            all_tokens._data, all_tokens._scale, cast._block, cast.dtype, local.detach(), cut
         )
+        if not torch.compiler.is_compiling() and not local.is_inference():
+            out._again.version = local._version
+        return DTensor.from_local(out, ctx.mesh, (Replicate(),), run_check=False)
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        cut: Cut = ctx.cut
-        by_rank = torch.cat(torch.chunk(grad_output, cut.ranks, dim=cut.dim), dim=0)
-        reduced = torch.ops._c10d_functional.reduce_scatter_tensor.default(
-            by_rank.contiguous(), "sum", cut.ranks, cut.group_name
-        )
-        return torch.ops._c10d_functional.wait_tensor.default(reduced), None, None
+        ctx: Any, grad_output: DTensor
+    ) -> tuple[DTensor, None, None]:
+        return grad_output.redistribute(placements=ctx.placements), None, None
 
 
 @torch._dynamo.allow_in_graph
@@ -125,7 +125,21 @@ def _as_dtensor(
 ) -> DTensor:
     if isinstance(input, DTensor):
         return input
+    if not isinstance(input, Float8Activation):
+        input = autocast(input)  # before it is cast to float8
     return DTensor.from_local(input, mesh, placements, run_check=False)
+
+
+def _like(whole: DTensor, local: torch.Tensor) -> DTensor:
+    """Another local part of a tensor of the same size and placements."""
+    return DTensor.from_local(
+        local,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
@@ -135,10 +149,10 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
         return input
     group_name = input.device_mesh.get_group().group_name
     cast = _CastInput.apply(local, recipe.name, group_name)
-    return DTensor.from_local(cast, input.device_mesh, input.placements, run_check=False)
+    return _like(input, cast)
 
 
-def _gather_input(input: DTensor, recipe: Recipe) -> torch.Tensor:
+def _gather_input(input: DTensor, recipe: Recipe) -> DTensor:
     """All tokens, of this rank; see [Note: high-precision grad_weight]."""
     mesh, (placement,) = input.device_mesh, input.placements
     dim = getattr(placement, "dim", 0) % input.dim()
@@ -148,13 +162,23 @@ def _gather_input(input: DTensor, recipe: Recipe) -> torch.Tensor:
             f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
         )
     cut = Cut(dim, mesh.size(), mesh.get_group().group_name)
-    return _GatherInput.apply(input.to_local(), recipe.name, cut)
+    return _GatherInput.apply(input, recipe.name, cut)
 
 
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
     local = _CastGradient.apply(output.to_local(), recipe.name, group_name)
-    return DTensor.from_local(local, output.device_mesh, output.placements, run_check=False)
+    return _like(output, local)
+
+
+def _check_cast(layer: Float8Linear, input: DTensor) -> None:
+    """That an input which arrives cast is what the layer's recipe multiplies."""
+    local, recipe = input._local_tensor, layer.config.recipe
+    if isinstance(local, Float8Activation) and local._block != recipe.input:
+        raise ValueError(
+            f"{layer._name()}: its input was cast for another recipe than {recipe.name!r}: give "
+            "the layers that share a PrepareFloat8ModuleInput one recipe"
+        )
 
 
 def _with_bias(output: DTensor, layer: Float8Linear) -> DTensor:
@@ -171,7 +195,7 @@ def _on_tokens(placements: tuple[Placement, ...], x: torch.Tensor) -> bool:
     return isinstance(placement, Shard) and placement.dim % x.dim() != x.dim() - 1
 
 
-def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
+def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> Float8Linear:
     """That the style can be honoured: on every rank alike, before anything is communicated."""
     if not isinstance(module, Float8Linear):
         raise ValueError(
@@ -180,6 +204,7 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> None:
         )
     size = (module.out_features, module.in_features)
     check_part(module._name(), size, dim, mesh.size(), module.config.recipe)
+    return module
 
 
 class Float8ColwiseParallel(ColwiseParallel):
@@ -208,10 +233,9 @@ class Float8ColwiseParallel(ColwiseParallel):
         inputs: tuple[torch.Tensor, ...],
         device_mesh: DeviceMesh,
     ) -> torch.Tensor:
-        if isinstance(inputs[0], Float8Activation) and inputs[0]._part is not None:
-            return inputs[0]  # gathered for several layers
         input = _as_dtensor(inputs[0], device_mesh, input_layouts)
         recipe = mod.config.recipe
+        _check_cast(mod, input)
         if _on_tokens(input.placements, input):
             if recipe.input_for_grad_weight is None and mod.gather_input_again:
                 return _gather_input(input, recipe)
@@ -236,8 +260,9 @@ class Float8ColwiseParallel(ColwiseParallel):
         return outputs.to_local() if use_local_output else outputs
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check(type(self).__name__, module, device_mesh, 0)
-        setattr(module, "gather_input_again", self.gather_input_again)  # noqa: B010
+        module = _check(type(self).__name__, module, device_mesh, 0)
+        module.gather_input_again = self.gather_input_again
+        module.style = type(self).__name__
         return super()._apply(module, device_mesh)
 
 
@@ -283,7 +308,8 @@ class Float8RowwiseParallel(RowwiseParallel):
         return outputs.to_local() if use_local_output else outputs
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check(type(self).__name__, module, device_mesh, 1)
+        module = _check(type(self).__name__, module, device_mesh, 1)
+        module.style = type(self).__name__
         return super()._apply(module, device_mesh)
 
 
@@ -296,7 +322,7 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         float8_dtype: torch.float8_e4m3fn.
         fwd_config_submodule_fqn: the `Float8Linear` whose recipe to cast by; None: that of all in
             the module.
-        gather_input_again: see `Float8ColwiseParallel`. The module gets a local tensor if so.
+        gather_input_again: see `Float8ColwiseParallel`.
 
     Raises:
         ValueError: in `parallelize_module`: the module has no `Float8Linear`, or several recipes.
@@ -332,13 +358,15 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         if desired_layout is not None and prepared.placements != (desired_layout,):
             if _on_tokens(prepared.placements, prepared) and desired_layout == Replicate():
                 if self.recipe.input_for_grad_weight is None and self.gather_input_again:
-                    return _gather_input(prepared, self.recipe)
-                prepared = _cast_input(prepared, self.recipe)
-            prepared = prepared.redistribute(placements=(desired_layout,))
+                    prepared = _gather_input(prepared, self.recipe)
+                else:
+                    prepared = _cast_input(prepared, self.recipe)
+            if prepared.placements != (desired_layout,):
+                prepared = prepared.redistribute(placements=(desired_layout,))
         return prepared.to_local() if self.use_local_output else prepared
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        style, named = type(self).__name__, dict(module.named_modules())
+        name, named = type(self).__name__, dict(module.named_modules())
         if self.fwd_config_submodule_fqn is not None:
             named = {"": module.get_submodule(self.fwd_config_submodule_fqn)}
         recipes = {
@@ -349,9 +377,10 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         if len(recipes) != 1:
             found = f"of recipes {', '.join(recipes)}" if recipes else "none"
             raise ValueError(
-                f"{style}: {type(module).__name__} has Float8Linear layers {found}: it casts by "
+                f"{name}: {type(module).__name__} has Float8Linear layers {found}: it casts by "
                 "the recipe of one, which fwd_config_submodule_fqn names; without any use torch's "
                 "PrepareModuleInput"
             )
-        (self.recipe,) = recipes.values()
-        return super()._apply(module, device_mesh)
+        style = copy.copy(self)  # one object may be planned for several modules
+        (style.recipe,) = recipes.values()
+        return super(PrepareFloat8ModuleInput, style)._apply(module, device_mesh)

@@ -35,9 +35,15 @@ class Again:
 
     def __init__(self) -> None:
         self.users = 0
+        self.version: int | None = None  # of the part, as it was cast
         self.gathered: torch.Tensor | None = None
 
     def take(self, part: torch.Tensor, cut: Cut) -> torch.Tensor:
+        if self.version is not None and part._version != self.version:
+            raise RuntimeError(
+                "the input of a float8 layer was modified in place between forward and backward, "
+                "where it is gathered again for grad_weight"
+            )
         gathered = gather_tokens(part, cut) if self.gathered is None else self.gathered
         self.users -= 1
         self.gathered = gathered if self.users > 0 else None
@@ -127,13 +133,18 @@ class Float8Activation(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         source = args[0] if args else None
+        if func._can_decompose() and torch.is_inference_mode_enabled():
+            return func.decompose(*args, **kwargs)
         if isinstance(source, cls):
             out = source._on_tokens(func, args[1:], kwargs)
             if out is not None:
                 return out
         if func is aten.cat.default and source and all(isinstance(x, cls) for x in source):
             dim = args[1] if len(args) > 1 else 0
-            if dim % source[0].dim() != source[0].dim() - 1:
+            one_scale = all(x._scale is source[0]._scale for x in source)
+            if dim % source[0].dim() != source[0].dim() - 1 and (
+                one_scale or all(x._block == source[0]._block != TENSOR for x in source)
+            ):
                 scales = [x._scale for x in source]
                 scale = scales[0] if source[0]._block == TENSOR else torch.cat(scales, dim)
                 return source[0]._with(torch.cat([x._data for x in source], dim), scale)
@@ -163,7 +174,7 @@ class Float8Activation(torch.Tensor):
             return [self._with(*part) for part in zip(parts, scales, strict=True)]
         if func is aten.slice.Tensor and (args[0] if args else 0) % self.dim() != last:
             return self._with(func(data, *args), scale if one_scale else func(scale, *args))
-        if func is aten.constant_pad_nd.default and not any(args[0][:2]):
+        if func is aten.constant_pad_nd.default and not any((*args[0][:2], *args[1:])):
             padded = func(data.view(torch.uint8), args[0]).view(data.dtype)
             return self._with(padded, scale if one_scale else func(scale, args[0], 1))
         return None
@@ -226,5 +237,5 @@ def cast_activation(
     scale = scaled.scale.contiguous()
     if scale_format == "e8m0":
         scale = numerics.scale_to_exponent(scale)
-    scale = scale.view(1) if block == TENSOR else scale.view(*x.shape[:-1], -1)
+    scale = scale.view(1) if block == TENSOR else scale.view(*x.shape[:-1], scale.size(-1))
     return Float8Activation(scaled.data.view(x.shape), scale, block, x.dtype)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.weight_state import Edits, Seen, WeightState, update_scales
@@ -245,6 +246,7 @@ def _float8(
     return Float8Tensor(data, own_scales, size, dtype, scales_for_grad_input)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Float8Tensor:
     """This rank's part, in float8, of a weight over tensor parallelism alone: nothing is gathered.
@@ -268,11 +270,13 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
         ValueError: see `placement.cut_of` and `placement.check_part`; before any collective.
     """
     state.set_gathered(False)
-    _make_current(state, param)
-    shard = state.shard_now(param)
+    # What selective checkpointing recomputes must not depend on whether this was up to date.
+    with _disable_current_modes():
+        _make_current(state, param)
+        shard = state.shard_now(param)
+        payload = state.current_payload(shard.data, param)
     if state.scales is None:
         raise AssertionError(f"{state.fqn}: no scales of a weight that was just looked at")
-    payload = state.current_payload(shard.data, param)
     return _float8(payload, state.scales, torch.Size(shard.size), dtype)
 
 

@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import fp8dist
 from fp8dist import Float8Config
@@ -367,3 +373,130 @@ def test_grad_weight_from_the_float8_copy_has_its_noise() -> None:
         for name, grad in found.items():
             db = sqnr(grad, exact[name])
             assert (29 < db < 34) if name.split(".")[1] in ("wq", "wk", "w1", "w3") else db > 110
+
+
+class Consumer(nn.Module):
+    """Takes a prepared input in ways that a plan does not foresee."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+        self.plain = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w1(x) + self.w1(x * 0.5) + self.plain(x) + self.w2(x).tanh()
+
+
+def consume(recipe: str) -> float:
+    """SQNR of the gradient of the input."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(Consumer())
+    fp8dist.convert_to_float8_training(
+        model, config=recipe, module_filter_fn=lambda module, fqn: "plain" not in fqn
+    )
+    alone, input = copy.deepcopy(model), batch(1).requires_grad_()
+    alone(input).backward(batch(2))
+    whole_output = {"output_layouts": Replicate()}
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "0": PrepareFloat8ModuleInput(
+                input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+            ),
+            "0.w1": Float8ColwiseParallel(**whole_output),
+            "0.w2": Float8ColwiseParallel(**whole_output),
+            "0.plain": ColwiseParallel(**whole_output),
+        },
+    )
+    mine = part(batch(1), mesh).requires_grad_()
+    model(mine).backward(batch(2))
+    return sqnr(whole(mine.grad, mesh), input.grad)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+def test_a_prepared_input_may_be_used_in_any_way(recipe: str) -> None:
+    """Where no Float8Linear takes it, it is the value of what was cast, with some 28 dB."""
+    assert min(run_on_ranks(2, consume, recipe)) > 25
+
+
+def refused(style: type[ParallelStyle]) -> str:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = parallelize_module(
+        nn.Sequential(block_of("rowwise").attention.wq), mesh, {"0": style()}
+    )
+    with pytest.raises(ValueError) as error:
+        model(batch(1))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_styles_of_torch_are_refused_for_a_float8_layer(style: type[ParallelStyle]) -> None:
+    """They would drop the bias, and scale gradients by their parts."""
+    for message in run_on_ranks(2, refused, style):
+        assert "attention.wq: " in message and "Float8ColwiseParallel" in message
+
+
+def one_style_for_several() -> list[float]:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    blocks = [block_of(recipe).attention for recipe in ("rowwise", "tensorwise")]
+    alone = copy.deepcopy(blocks)
+    style = plan()["attention"]
+    for block in blocks:
+        own = {name.removeprefix("attention."): s for name, s in plan().items() if ".w" in name}
+        parallelize_module(block, mesh, {k: s for k, s in own.items() if "feed" not in k})
+        parallelize_module(block, mesh, style)
+    return [
+        sqnr(whole(block(part(batch(1), mesh)).detach(), mesh), other(batch(1)))
+        for block, other in zip(blocks, alone, strict=True)
+    ]
+
+
+def test_one_style_object_planned_for_modules_of_several_recipes() -> None:
+    for found in run_on_ranks(2, one_style_for_several):
+        assert min(found) > 110
+
+
+def uneven(recipe: str) -> float:
+    """SQNR of the output for a DTensor of 33 tokens on 2 ranks."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM))
+    torch.manual_seed(0)
+    fp8dist.convert_to_float8_training(model, config=recipe)
+    alone = copy.deepcopy(model)
+    x = batch(1)[:, :33]
+    styles = {
+        "0": Float8ColwiseParallel(),
+        "2": Float8RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+    parallelize_module(model, mesh, styles)
+    for module, other in zip(model, alone, strict=True):
+        for mine, theirs in zip(module.parameters(), other.parameters(), strict=True):
+            other_whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            theirs.data.copy_(getattr(other_whole, "_tensor", other_whole))
+    output = model(distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None))
+    output.sum().backward()
+    return sqnr(output.full_tensor(), alone(x))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "mxfp8_rceil"])
+def test_tokens_that_ranks_cannot_share_evenly(recipe: str) -> None:
+    assert min(run_on_ranks(2, uneven, recipe)) > 110
+
+
+def autocasts() -> tuple[torch.dtype, torch.dtype]:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    attention = block_of("rowwise").attention
+    own = {
+        name.removeprefix("attention."): s for name, s in plan().items() if "attention.w" in name
+    }
+    parallelize_module(attention, mesh, own)
+    with torch.autocast("cpu", torch.bfloat16):
+        query = attention.wq(batch(1))
+    query.float().sum().backward()
+    return query.dtype, attention.wq.weight.grad.dtype
+
+
+def test_autocast() -> None:
+    assert run_on_ranks(2, autocasts) == [(torch.bfloat16, torch.float32)] * 2
