@@ -172,6 +172,9 @@ class _Float8Matmul(torch.autograd.Function):
         return grad_input, grad_weight, None, None
 
 
+# torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
+
+
 class _StandIn(torch.autograd.Function):
     """A weight's part in float8, whose gradient is that of the part in high precision."""
 

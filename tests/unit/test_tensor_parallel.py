@@ -1,11 +1,18 @@
 """Plans that cannot be honoured are refused by name, before anything is communicated."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 import fp8dist
 from fp8dist import Float8Config, Float8Linear
@@ -16,6 +23,7 @@ from fp8dist.tensor_parallel import (
     PrepareFloat8ModuleInput,
     _check,
 )
+from fp8dist.tensors.float8_activation import cast_activation
 
 
 class Mesh:
@@ -102,3 +110,54 @@ def test_one_rank_gives_what_the_layer_gives(recipe: str, mesh: DeviceMesh) -> N
             assert isinstance(found, torch.Tensor)
             found = found if use_local_output else found.full_tensor()
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def parallel(recipe: str, mesh: DeviceMesh) -> nn.Module:
+    model = nn.Sequential(layer(recipe, 128, 128))
+    return parallelize_module(model, mesh, {"0": Float8ColwiseParallel(input_layouts=Shard(0))})
+
+
+def test_an_input_that_was_cast_for_another_recipe(mesh: DeviceMesh) -> None:
+    model = parallel("rowwise", mesh)
+    group_name = mesh.get_group().group_name
+    args = ((-1, -1), torch.float8_e4m3fn, "exact", group_name)
+    with pytest.raises(ValueError, match=r"blocks\.0\.wq: its input was cast for another recipe"):
+        model(cast_activation(torch.randn(16, 128), *args))
+
+
+def test_an_input_that_was_edited_before_it_is_gathered_again(mesh: DeviceMesh) -> None:
+    model, x = parallel("rowwise_with_gw_hp", mesh), torch.randn(16, 128)
+    loss = model(x).sum()
+    x.mul_(100)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp", "mxfp8_rceil"])
+def test_inference_before_training(recipe: str, mesh: DeviceMesh) -> None:
+    model, x = parallel(recipe, mesh), torch.randn(16, 128)
+    with torch.inference_mode():
+        expected = model(x)
+    found = model(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_selective_checkpointing_of_a_first_forward(mesh: DeviceMesh) -> None:
+    """What is cast once is not cast again when the layer is recomputed."""
+    policy = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.amax.default])
+    gradients = []
+    for context in (noop_context_fn, policy):
+        torch.manual_seed(0)
+        model = nn.Sequential(parallel("tensorwise", mesh), parallel("tensorwise", mesh))
+        x = batch_of_one_rank()
+        checkpoint(model, x, use_reentrant=False, context_fn=context).sum().backward()
+        gradients.append([x.grad, *(p.grad.full_tensor() for p in model.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+
+
+def batch_of_one_rank() -> torch.Tensor:
+    return torch.randn(16, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()

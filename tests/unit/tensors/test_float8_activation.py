@@ -94,6 +94,25 @@ def test_other_ops_see_the_value_and_give_plain_tensors(name: str, op: str, grou
     assert torch.equal(found, expected)
 
 
+def test_two_of_one_scale_each_are_put_together_by_their_values(group: str) -> None:
+    one, other = activation("tensorwise", group), activation("tensorwise", group, 100 * hp())
+    found = torch.cat([one, other])
+    assert torch.equal(found, torch.cat([one.dequantize(), other.dequantize()]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_with_another_value_than_zero_is_of_the_value(name: str, group: str) -> None:
+    x = activation(name, group)
+    found = torch.nn.functional.pad(x, (0, 0, 0, 3), value=2.0)
+    expected = torch.nn.functional.pad(x.dequantize(), (0, 0, 0, 3), value=2.0)
+    assert torch.equal(found + 0, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tokens(name: str, group: str) -> None:
+    assert activation(name, group, torch.empty(B, 0, K)).dequantize().shape == (B, 0, K)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gather_moves_bytes(name: str, group: str) -> None:
     """One rank: what is gathered is what was there; what is asked of the group is uint8."""
