@@ -1,4 +1,4 @@
-"""The decoder that bench_step.py trains: Llama 3's layers without rotary embeddings."""
+"""What bench_step.py and bench_tp.py train: Llama 3's layers without rotary embeddings."""
 
 from dataclasses import dataclass
 
@@ -84,6 +84,19 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Blocks(nn.Module):
+    """The layers alone, (batch, seq, dim) to the same."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class Decoder(nn.Module):

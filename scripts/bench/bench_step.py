@@ -19,12 +19,11 @@ host of its own and talks over loopback sockets, so bytes weigh as on a slow net
 """
 
 import argparse
-import gc
 import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,14 +33,11 @@ from bench_model import Decoder, Shape
 from harness import (
     CUDA,
     DEVICE,
-    WrongResult,
     check,
+    compare,
     init_distributed,
     kernels_of,
-    print_once,
-    setting,
     synchronize,
-    write_json,
 )
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -126,6 +122,9 @@ class Measured:
     row: Row
     kernels: str
     warm_up: torch.Tensor
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [str(self.row), self.kernels]))
 
 
 class Training:
@@ -243,33 +242,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    variants = [Variant.parse(name) for name in args.variants.split(",")]
+    names = args.variants.split(",")
+    variants = {name: Variant.parse(name) for name in names}
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
-    rows: list[Row] = []
-    first, wrong = None, False
-    for variant in variants:
-        try:
-            measured = measure(variant, args, mesh, first)
-        except WrongResult as error:
-            print_once(f"{variant.name} is wrong and not timed: {error}")
-            wrong = True
-            if first is None:  # nothing to compare the others to
-                break
-            continue
-        finally:
-            gc.collect()
-            if CUDA:
-                torch.cuda.empty_cache()
-        first = first or measured
-        rows.append(measured.row)
-        print_once("\n".join(filter(None, [str(measured.row), measured.kernels])))
-    if args.json is not None and dist.get_rank() == 0:
-        arguments = {key: value for key, value in vars(args).items() if key != "json"}
-        rows_json = [asdict(row) for row in rows]
-        write_json(args.json, setting() | {"arguments": arguments, "rows": rows_json})
-    dist.destroy_process_group()
-    raise SystemExit(int(wrong))
+    compare(names, lambda name, first: measure(variants[name], args, mesh, first), args)
 
 
 if __name__ == "__main__":

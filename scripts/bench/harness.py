@@ -6,9 +6,11 @@ A benchmark checks the result of what it is about to time (`check`, `check_same_
 is, and the benchmark exits with 1.
 """
 
+import argparse
 import csv
 import datetime
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -16,9 +18,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -273,3 +275,47 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+class Measured(Protocol):
+    """Of a variant; as text, what is printed of it."""
+
+    @property
+    def row(self) -> Any: ...  # a dataclass, of what is written
+
+
+M = TypeVar("M", bound=Measured)
+
+
+def compare(
+    names: Sequence[str], measure: Callable[[str, M | None], M], args: argparse.Namespace
+) -> None:
+    """Measure variants, print them and write `args.json`, leave the process group and exit.
+
+    Args:
+        measure: takes a name and what was measured of the first; raises WrongResult.
+        args: of the command line.
+    """
+    rows = []
+    first, wrong = None, False
+    for name in names:
+        try:
+            measured = measure(name, first)
+        except WrongResult as error:
+            print_once(f"{name} is wrong and not timed: {error}")
+            wrong = True
+            if first is None:  # nothing to compare the others to
+                break
+            continue
+        finally:
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+        first = first or measured
+        rows.append(asdict(measured.row))
+        print_once(str(measured))
+    if args.json is not None and dist.get_rank() == 0:
+        arguments = {key: value for key, value in vars(args).items() if key != "json"}
+        write_json(args.json, setting() | {"arguments": arguments, "rows": rows})
+    dist.destroy_process_group()
+    raise SystemExit(int(wrong))
