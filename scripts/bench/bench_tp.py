@@ -151,7 +151,9 @@ class Training:
             fully_shard(layer, mesh=dp, mp_policy=policy)
         fully_shard(self.model, mesh=dp, mp_policy=policy)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
-        self.tokens, self.targets = batch.chunk(tp.size(), dim=2)[tp.get_local_rank()].unbind()
+        part = batch.chunk(tp.size(), dim=2)[tp.get_local_rank()]
+        # A copy, also of a batch of one: other strides than a layer's output would be dynamic ones.
+        self.tokens, self.targets = part.clone(memory_format=torch.contiguous_format).unbind()
         self.added = torch.zeros(())
 
     def step(self) -> torch.Tensor:
