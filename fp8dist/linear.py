@@ -1,5 +1,6 @@
 """`Float8Linear` and the autograd function of its three matmuls."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -206,8 +207,9 @@ class _CastPart(torch.autograd.Function):
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not for a meta device
-    if not available or not torch.is_autocast_enabled(device_type):
+    # A meta device has no autocast. (torch 2.11's compiler does not know
+    # `torch.amp.is_autocast_available`.)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -283,21 +285,7 @@ class Float8Linear(nn.Linear):
         return linear
 
     def _wrap_weight(self) -> None:
-        """Make the weight a `Float8ShardedWeight`, also inside a DTensor."""
-        weight = self.weight
-        if isinstance(weight, DTensor):
-            if isinstance(weight._local_tensor, Float8ShardedWeight):
-                return
-            wrapped: torch.Tensor = _like_dtensor(
-                weight, Float8ShardedWeight(weight._local_tensor.detach())
-            )
-        elif isinstance(weight, Float8ShardedWeight):
-            return
-        else:
-            wrapped = Float8ShardedWeight(weight.detach())
-        attributes = {} if isinstance(weight, DTensor) else weight.__dict__
-        self.weight = nn.Parameter(wrapped, requires_grad=weight.requires_grad)
-        self.weight.__dict__.update(attributes)
+        wrap_weight(self, "weight", Float8ShardedWeight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, DTensor):
@@ -368,7 +356,7 @@ class Float8Linear(nn.Linear):
         if self.weight_state is not None and not keep_vars:
             # From the parameter and not from what is saved, its detached copy: only tensors made
             # from the inner one move its version, see [Note: noticing edits].
-            destination[prefix + "weight"] = _plain(self.weight)
+            destination[prefix + "weight"] = plain(self.weight)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -376,12 +364,31 @@ class Float8Linear(nn.Linear):
             self._wrap_weight()  # load_state_dict(assign=True) has put in a plain tensor
 
 
-def _plain(weight: torch.Tensor) -> torch.Tensor:
+def wrap_weight(
+    module: nn.Module, name: str, wrap: Callable[[torch.Tensor], Float8ShardedWeight]
+) -> None:
+    """Make a parameter a `Float8ShardedWeight`, also inside a DTensor, unless it is one."""
+    weight: Any = getattr(module, name)
+    if isinstance(weight, DTensor):
+        if isinstance(weight._local_tensor, Float8ShardedWeight):
+            return
+        wrapped: torch.Tensor = _like_dtensor(weight, wrap(weight._local_tensor.detach()))
+    elif isinstance(weight, Float8ShardedWeight):
+        return
+    else:
+        wrapped = wrap(weight.detach())
+    attributes = {} if isinstance(weight, DTensor) else weight.__dict__
+    parameter = nn.Parameter(wrapped, requires_grad=weight.requires_grad)
+    parameter.__dict__.update(attributes)
+    setattr(module, name, parameter)
+
+
+def plain(weight: torch.Tensor) -> torch.Tensor:
     """The high-precision tensor without its subclass, sharing its storage and its versions."""
     if isinstance(weight, DTensor) and isinstance(weight._local_tensor, Float8ShardedWeight):
-        plain: Any = weight.detach()
-        plain._local_tensor = weight._local_tensor._tensor.detach()
-        return plain
+        detached: Any = weight.detach()
+        detached._local_tensor = weight._local_tensor._tensor.detach()
+        return detached
     return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()
 
 

@@ -102,6 +102,7 @@ def quantize(
         n,
         m_padded,
         x_stride,
+        *((1, 1) if x_inverse is None else x_inverse.stride()),
         FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
         FORMAT=scale_format,
         X_INVERSE=by,

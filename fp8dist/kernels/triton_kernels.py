@@ -179,6 +179,8 @@ def quantize_kernel(
     N,
     M_PADDED,
     x_stride,
+    inverse_stride,
+    inverse_block_stride,
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
     X_INVERSE: tl.constexpr,
@@ -210,11 +212,11 @@ def quantize_kernel(
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     if X_INVERSE == "row":
-        x = x * tl.load(x_inverse_ptr + rows, mask=row_mask, other=1.0)[:, None]
+        x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
     if X_INVERSE == "own":
         blocks = pid_n * (BN // X_BLOCK) + tl.arange(0, BN // X_BLOCK)
         x_inverse = tl.load(
-            x_inverse_ptr + rows[:, None] * (N // X_BLOCK) + blocks[None, :],
+            x_inverse_ptr + rows[:, None] * inverse_stride + blocks[None, :] * inverse_block_stride,
             mask=row_mask[:, None] & (blocks < N // X_BLOCK)[None, :],
             other=1.0,
         )

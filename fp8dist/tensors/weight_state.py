@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from fp8dist import numerics, precompute
 from fp8dist.config import Float8Config
-from fp8dist.tensors.placement import Groups, cut_of, groups_of, known_groups, shard_of
+from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
 
 logger = logging.getLogger("fp8dist")
 
@@ -104,7 +104,7 @@ class Seen:
 
 
 class WeightState:
-    """What a `Float8Linear` keeps about its sharded weight between optimizer steps.
+    """What a module keeps about a sharded float8 weight between optimizer steps.
 
     It lives on the module and not on the local tensor, which FSDP2 replaces (padding) and copies
     (CPU offload). Copies and pickles of a module start with an empty state.
@@ -123,7 +123,8 @@ class WeightState:
         # casting; None if there are no scales yet. (2, ...), float32, see [Note: reciprocals], or
         # (1, ...), e8m0, uint8.
         self.scales: list[torch.Tensor] | None = None
-        self.shard: tuple[DTensor, precompute.Shard] | None = None  # see `shard_now`
+        # Of which parameter and, last, of which plain tensor in it; see `shard_now`.
+        self.shard: tuple[DTensor, precompute.Shard, torch.Tensor] | None = None
         self.groups: Groups = ()  # who hold the weight together, set with `shard`
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
@@ -135,9 +136,9 @@ class WeightState:
     def shard_now(self, param: DTensor) -> precompute.Shard:
         """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""
         data = local_shard(param)._tensor
-        if self.shard is None or self.shard[0] is not param or self.shard[1].data is not data:
+        if self.shard is None or self.shard[0] is not param or self.shard[2] is not data:
             gathered = self.gathered is not False
-            self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn)
+            self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn), data
             self.groups = groups_of(param, cut_of(param, gathered, self.fqn))
         return self.shard[1]
 
@@ -157,12 +158,12 @@ class WeightState:
 
         Returns:
             uint8, of the size of the largest shard, rank 0's, with zeros after the shard's rows;
-            packed, a row has its e8m0 scales after its elements.
+            packed, a row has its e8m0 scales after its elements. 2-D, see `as_matrix`.
         """
         if self.payload is None or not self.payload_is_current:
             shard = self.shard_now(param)
-            if shard.data is not data:
-                shard = replace(shard, data=data)
+            if local_shard(param)._tensor is not data:
+                shard = replace(shard, data=as_matrix(data))
             (payload,) = cast_payloads([self], [shard])
             return payload
         return self.payload
@@ -280,12 +281,12 @@ def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: li
     global _reported_non_finite
     if _reported_non_finite or amaxes.numel() == 0:
         return
-    waiting = states[0].finite
-    if waiting is None or waiting.event is None:
-        waiting = states[0].finite = _Finite([state.fqn for state in states], amaxes, ends)
-    if not waiting.arrived():
+    last = states[0].finite
+    if last is not None and not last.arrived():
         return
-    states[0].finite = None
-    if (fqn := waiting.first_bad()) is not None:
+    now = _Finite([state.fqn for state in states], amaxes, ends)
+    states[0].finite = now
+    known = now if now.event is None else last
+    if known is not None and (fqn := known.first_bad()) is not None:
         _reported_non_finite = True
         logger.warning("%s has a NaN or Inf in its weight; training goes on with it", fqn)

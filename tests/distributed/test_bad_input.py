@@ -129,9 +129,10 @@ def train_with(bad: float, recipe: str, precompute: bool) -> tuple[float, float,
             local = model.layers[1].w1.weight.to_local()
             edit = torch.zeros(local.shape, device=local.device)
             edit[-1, -1] = bad if rank == world - 1 else 0.0
-            local.add_(edit)  # all ranks edit, as they must
         losses = []
         for number in range(2):
+            with torch.no_grad():
+                local.add_(edit)  # all ranks edit, as they must; on a GPU the next edit tells
             if precompute:
                 fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
             loss = loss_of(model, local_batch(number))

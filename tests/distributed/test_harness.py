@@ -48,6 +48,7 @@ def test_a_rank_that_raises() -> None:
 
 @pool_only
 def test_a_rank_that_hangs() -> None:
+    run_on_ranks(2, rank_and_world, 0)  # so that both have imported what there is
     with pytest.raises(AssertionError, match="(?s)rank 1 of 2: still running.*in one_hangs"):
         run_on_ranks(2, one_hangs, timeout=1)
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import fp8dist
 from fp8dist import Float8Config
-from tests.distributed.harness import run_on_ranks
+from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.toy import RECIPE_NAMES, convert, mesh_of, new_model, same_bits, train
 
 
@@ -27,6 +27,7 @@ class Variant:
 
 
 BASE = Variant()
+OFFLOADED = Variant(offload=True)
 VARIANTS = [
     Variant(cache_payload=False),
     Variant(cache_payload=False, precompute="never"),
@@ -37,7 +38,7 @@ VARIANTS = [
     Variant(recompute="convert"),
     Variant(recompute="fully_shard"),
     Variant(recompute="last", cache_payload=False),
-    Variant(offload=True),
+    OFFLOADED,
     Variant(offload=True, precompute="never", cache_payload=False),
 ]
 # Together they differ from the base in each way.
@@ -89,10 +90,17 @@ def compare(
 ) -> tuple[list[Any], list[str]]:
     """The losses by step, and the variants that do not train as the base does."""
     base = history(BASE, recipe, mesh, microbatches)
+    offloaded = base
+    if DEVICE != "cpu":
+        # AdamW on the CPU rounds otherwise: from the second step on, the base is offloaded too.
+        offloaded = history(OFFLOADED, recipe, mesh, microbatches)
     different = [
         str(variant)
         for variant in variants
-        if not same_bits(history(variant, recipe, mesh, microbatches), base)
+        if not (
+            same_bits(found := history(variant, recipe, mesh, microbatches), base)
+            or (variant.offload and same_bits([base[0], *offloaded[1:]], found))
+        )
     ]
     return [losses for losses, _ in base], different
 

@@ -4,6 +4,7 @@ for bit, with one all-reduce for all."""
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -36,8 +37,19 @@ SHAPES = {"colwise": (512, 128), "rowwise": (128, 512), "plain": (256, 128)}
 CUTS = {"colwise": 0, "rowwise": 1}
 
 
-class Layers(nn.ModuleDict):
+class Layers(nn.Module):
     """Layers by name, of which the weights matter and not what they compute."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get_submodule(name)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        return self.named_children()
 
     def forward(self) -> None:
         """FSDP2 takes no modules without one."""

@@ -15,7 +15,8 @@ def run_program(
     name: str, *arguments: str, ranks: int | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """Run scripts/bench/NAME.py on the CPU; with `ranks`, on as many gloo ranks."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = []
     if ranks is not None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
