@@ -113,7 +113,7 @@ def convert_to_float8_training(
     """
     rules = _rules(config, module_filter_fn)
     linears = {fqn: m for fqn, m in module.named_modules() if isinstance(m, nn.Linear)}
-    owners = _parameter_owners(module)
+    owners = parameter_owners(module)
     converted: dict[str, list[str]] = defaultdict(list)
     left_alone: dict[str, list[str]] = defaultdict(list)
     chosen: list[tuple[str, nn.Linear, Float8Config]] = []
@@ -129,7 +129,7 @@ def convert_to_float8_training(
         Float8Linear.from_float(linear, float8_config, fqn, module)
         converted[float8_config.recipe_name].append(fqn)
     if chosen:
-        _patch_inductor()
+        patch_inductor()
     _log(converted, left_alone, rules, list(linears))
     return module
 
@@ -142,12 +142,12 @@ def _rules(config: Any, module_filter_fn: ModuleFilter | None) -> list[Rule]:
                     f"config has {pair!r} in its list: each entry is (filter, config), the filter "
                     "a function of (module, fully qualified name)"
                 )
-        rules = [(filter_fn, _float8_config(one)) for filter_fn, one in config]
+        rules = [(filter_fn, as_config(one)) for filter_fn, one in config]
         if module_filter_fn is None:
             return rules
         outer = module_filter_fn
         return [(_both(outer, filter_fn), one) for filter_fn, one in rules]
-    float8_config = _float8_config(config)
+    float8_config = as_config(config)
     filter_fn = module_filter_fn or float8_module_filter(float8_config.recipe_name)
     return [(filter_fn, float8_config)]
 
@@ -156,7 +156,7 @@ def _both(first: ModuleFilter, second: ModuleFilter) -> ModuleFilter:
     return lambda module, fqn: first(module, fqn) and second(module, fqn)
 
 
-def _float8_config(config: Any) -> Float8Config:
+def as_config(config: Any) -> Float8Config:
     if config is None:
         return Float8Config()
     if isinstance(config, Float8Config):
@@ -194,7 +194,7 @@ def _is_torchao(linear: nn.Linear) -> bool:
     return type(linear).__module__ == "torchao.float8.float8_linear"
 
 
-def _parameter_owners(module: nn.Module) -> Counter[int]:
+def parameter_owners(module: nn.Module) -> Counter[int]:
     """How many modules hold each parameter, by the parameter's id."""
     return Counter(
         id(param) for submodule in module.modules() for param in submodule.parameters(recurse=False)
@@ -252,7 +252,7 @@ def _check_convertible(linear: nn.Linear, fqn: str, float8_config: Float8Config)
         )
 
 
-def _patch_inductor() -> None:
+def patch_inductor() -> None:
     """Work around triton-lang/triton#11111: compiled float8 stores that write garbage.
 
     torchao patches inductor for that when it converts a model; the same patch is applied here.
@@ -279,10 +279,10 @@ def _log(
             recipe_name,
             len(names),
             len(fqns),
-            _summary(names),
+            summary(names),
         )
     for reason, names in left_alone.items():
-        logger.info("left in high precision, %s: %s", reason, _summary(names))
+        logger.info("left in high precision, %s: %s", reason, summary(names))
     for filter_fn, _ in rules:
         if isinstance(filter_fn, float8_module_filter) and (unmatched := filter_fn.unmatched(fqns)):
             logger.warning("filter_fqns that match no linear layer: %s", ", ".join(unmatched))
@@ -292,7 +292,7 @@ def _log(
         )
 
 
-def _summary(fqns: list[str]) -> str:
+def summary(fqns: list[str]) -> str:
     """Names with their indices folded: layers.*.attention.wq (32), output."""
     folded = Counter(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", fqn) or "(root)" for fqn in fqns)
     return ", ".join(name if n == 1 else f"{name} ({n})" for name, n in folded.items())

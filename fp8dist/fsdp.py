@@ -9,9 +9,8 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from fp8dist.linear import Float8Linear
 from fp8dist.tensors.placement import join
-from fp8dist.tensors.sharded_weight import check_reshard, is_sharded
+from fp8dist.tensors.sharded_weight import check_reshard, is_sharded, weights_of
 from fp8dist.tensors.weight_state import WeightState, cast_payloads, local_shard, update_scales
 
 Weight = tuple[WeightState, DTensor]
@@ -27,18 +26,18 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
     seen: set[WeightState] = set()
     for root in roots:
         for module in root.modules():
-            if not isinstance(module, Float8Linear) or module.weight_state is None:
-                continue
-            state, param = module.weight_state, module.weight
-            if not is_sharded(param) and state.seen is not None:
-                # FSDP2 has the unsharded weight in the module now, which keeps its scales.
-                param, state.scales = state.seen.param, None
-            if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
-                seen.add(state)
-                if state.seen is None or state.seen.param is not param:
-                    # FSDP2 says so to the compiler; a weight that it ignores is found out later.
-                    state.set_gathered(getattr(module, "_is_fsdp_managed_module", False))
-                yield state, param
+            for state, param in weights_of(module):
+                if not is_sharded(param) and state.seen is not None:
+                    # FSDP2 has the unsharded weight in the module now, which keeps its scales.
+                    param, state.scales = state.seen.param, None
+                if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
+                    seen.add(state)
+                    if state.seen is None or state.seen.param is not param:
+                        # FSDP2 says so to the compiler; a weight that it ignores is found out
+                        # later.
+                        managed = getattr(module, "_is_fsdp_managed_module", False)
+                        state.set_gathered(managed)
+                    yield state, param
 
 
 def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weight]]:

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from fp8dist.config import Recipe
+from fp8dist.config import ROW, Recipe
 
 logger = logging.getLogger("fp8dist")
 
@@ -39,6 +39,13 @@ def has_matmul(device: torch.device, recipe: Recipe) -> bool:
     return recipe.min_capability <= capability and (last is None or capability <= last)
 
 
+def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
+    """Whether `torch.nn.functional.scaled_grouped_mm` runs the recipe on the device."""
+    if recipe.weight != ROW or not has_matmul(device, recipe):
+        return False
+    return _capability(_index(device)) in ((9, 0), (10, 0))
+
+
 @functools.cache
 def _log_emulation(device_type: str, recipe_name: str) -> None:
     name = torch.cuda.get_device_name() if device_type == "cuda" else device_type
@@ -49,11 +56,11 @@ def _log_emulation(device_type: str, recipe_name: str) -> None:
     )
 
 
-def multiplies(device: torch.device, recipe: Recipe, emulate: bool) -> bool:
+def multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bool = False) -> bool:
     """Whether to use the device's float8 matmul; says once in the log when it has none."""
     if emulate:
         return False
-    if has_matmul(device, recipe):
+    if (has_grouped_matmul if grouped else has_matmul)(device, recipe):
         return True
     if not torch.compiler.is_compiling():
         _log_emulation(device.type, recipe.name)

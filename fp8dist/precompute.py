@@ -15,6 +15,11 @@ from fp8dist.numerics import AmaxPart, CastPart
 
 Size = tuple[int, int]
 
+# [Note: experts]
+# The (E, R, C) weights of experts are handled as one (E * R, C) matrix: its rows have scales as
+# those of any other, and its columns have them per expert, in blocks of R x 1. A shard has all
+# rows of some experts, or some columns of all, or some rows of each, which lie apart then.
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -30,6 +35,8 @@ class Shard:
         weight_size: the size of the weight, if that is more than `size`.
         part_start: the row and column of the weight at which the part begins; like `size`, where
             that is less, a multiple of the recipe's blocks.
+        experts: for the weights of experts, which lie one below the other in all of the above, the
+            rows of each, and how many of those the shard has; see [Note: experts].
     """
 
     data: torch.Tensor
@@ -40,6 +47,7 @@ class Shard:
     world: int = 1
     weight_size: Size | None = None
     part_start: Size = (0, 0)
+    experts: Size | None = None
 
     @property
     def whole(self) -> Size:
@@ -51,9 +59,11 @@ class Shard:
         """Whether the scales travel in the payload, each row's after its elements.
 
         So do e8m0 scales where the payload may have a size of its own: FSDP2 wants that of the
-        largest shard where a shard is short, and puts columns together itself.
+        largest shard where a shard is short, and puts columns, or rows of each expert, together
+        itself.
         """
         even_rows = self.size == (self.largest[0] * self.world, self.largest[1])
+        even_rows = even_rows and (self.experts is None or self.experts[0] == self.experts[1])
         return self.recipe.scale_format == "e8m0" and even_rows
 
     @property
@@ -83,6 +93,24 @@ class Shard:
             return 0, 0, 0
         scales = self.largest[1] // self.recipe.weight[1]
         return self.whole[0], self.whole[1] // self.largest[1], -(-scales // 4)
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """Rows of the shard, by expert: (the first of them in data, in the weight, how many)."""
+        if self.experts is None:
+            return [(0, self.start[0], self.data.size(0))]
+        rows, count = self.experts
+        first, row = divmod(self.start[0], rows)
+        return [
+            (i * count, (first + i) * rows + row, count) for i in range(self.data.size(0) // count)
+        ]
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """`pieces`, in one where they lie together in the weight too."""
+        if self.experts is None or self.experts[0] == self.experts[1]:
+            return [(0, self.start[0], self.data.size(0))]
+        return self.pieces
 
     def of_part(self, per_block: torch.Tensor, block: Block) -> torch.Tensor:
         """What belongs to the part, a view, of a tensor with an element per block of the weight."""
@@ -167,10 +195,30 @@ def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
         # the CPU and the buffer is not.
         targets = [amax.to(shard.data.device).contiguous() for amax in mine]
         copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
-        parts.append(AmaxPart(shard.data, shard.start, blocks, targets))
+        if shard.experts is None:
+            parts.append(AmaxPart(shard.data, shard.start, blocks, targets))
+        else:
+            parts += _parts_of_experts(shard, shard.experts[0], blocks, targets)
     kernels.fill_amaxes(parts)
     for amax, filled in copies:
         amax.copy_(filled)
+
+
+def _parts_of_experts(
+    shard: Shard, rows: int, blocks: list[Block], amaxes: list[torch.Tensor]
+) -> list[AmaxPart]:
+    """A part per expert, of which blocks of `rows` rows are the columns."""
+    own_blocks = [(WHOLE if side == rows else side, columns) for side, columns in blocks]
+    parts = []
+    for first, row, count in shard.pieces:
+        expert, start = divmod(row, rows)
+        own_amaxes = [
+            amax.narrow(0, expert * (rows // side), rows // side)
+            for amax, (side, _) in zip(amaxes, blocks, strict=True)
+        ]
+        data = shard.data[first : first + count]
+        parts.append(AmaxPart(data, (start, shard.start[1]), own_blocks, own_amaxes))
+    return parts
 
 
 # The order of exponent words as unsigned numbers is kept when they are compared as int32 with
@@ -188,9 +236,10 @@ def _fill_exponents(shard: Shard, words: torch.Tensor) -> None:
     scale = numerics.amax_to_scale(amaxes, recipe.weight_dtype, recipe.scale_format)
     exponents = numerics.scale_to_exponent(scale)
     padded = F.pad(exponents, (0, words.size(2) * 4 - exponents.size(1)))
-    row, chunk = shard.start[0], shard.start[1] // shard.largest[1]
-    of_rows = shard.of_part(words, (1, shard.largest[1]))[row : row + padded.size(0)]
-    of_rows[:, chunk].copy_(padded.view(torch.int32) ^ _FLIP)
+    own_words, chunk = padded.view(torch.int32) ^ _FLIP, shard.start[1] // shard.largest[1]
+    of_part = shard.of_part(words, (1, shard.largest[1]))
+    for first, row, count in shard.spans:
+        of_part[row : row + count, chunk].copy_(own_words[first : first + count])
 
 
 def _exponents(shard: Shard, words: torch.Tensor) -> torch.Tensor:
@@ -258,7 +307,10 @@ def cast_payloads(
             _pack(shard, rows)
         else:
             out = rows.view(recipe.weight_dtype)
-            parts.append(CastPart(shard.data, shard.start, recipe.weight, scale, out))
+            for first, row, count in shard.spans:
+                here = slice(first, first + count)
+                start = (row, shard.start[1])
+                parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
     kernels.cast_into(parts)
 
 

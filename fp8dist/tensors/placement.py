@@ -1,14 +1,17 @@
 """Where a weight's shard lies: which mesh dimensions cut the weight, and who holds the rest."""
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fp8dist import precompute
-from fp8dist.config import Recipe
+from fp8dist.config import COLUMN, Recipe
 from fp8dist.precompute import Size
 
 # [Note: parts]
@@ -46,7 +49,8 @@ def cut_of(param: DTensor, gathered: bool = True, fqn: str = "") -> Cut:
     cuts = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
     # What FSDP2 shards of a part that is cut along the same dimension is a `_StridedShard`, which
     # is no `Shard`.
-    shards = [i for i in cuts if getattr(param.placements[i], "dim", None) in (0, 1)]
+    dims = range(len(param.shape))
+    shards = [i for i in cuts if getattr(param.placements[i], "dim", None) in dims]
     if cuts != shards or not 1 <= len(cuts) <= (2 if gathered else 1):
         found = "gathered by fully_shard" if gathered else "not gathered by fully_shard"
         raise ValueError(
@@ -89,6 +93,8 @@ def shard_of(
     Raises:
         ValueError: as `cut_of` and `check_part` do, or FSDP2 cuts columns that are scaled together.
     """
+    if len(param.shape) == 3:
+        return _shard_of_experts(param, recipe, gathered, fqn)
     cut, mesh = cut_of(param, gathered, fqn), param.device_mesh
     whole = part = (param.shape[0], param.shape[1])
     part_start = (0, 0)
@@ -104,14 +110,62 @@ def shard_of(
         extent = -(-part[dim] // world)
         largest = _with(part, dim, extent)
         start = _with(start, dim, min(mesh.get_local_rank(cut.fsdp) * extent, part[dim]))
-    if recipe.scale_format == "e8m0" and largest[1] % recipe.weight[1]:
-        raise ValueError(
-            f"{fqn or 'a weight'} of {part[0]} x {part[1]} is sharded on dim 1 into {largest[1]} "
-            f"columns, not a multiple of the {recipe.weight[1]} that recipe {recipe.name!r} "
-            "scales together: shard it on dim 0"
-        )
+    _check_columns(part, largest[1], recipe, fqn)
     data = param._local_tensor._tensor  # type: ignore[attr-defined]
     return precompute.Shard(data, part, start, largest, recipe, world, whole, part_start)
+
+
+def _check_columns(size: Sequence[int], columns: int, recipe: Recipe, fqn: str) -> None:
+    if recipe.scale_format == "e8m0" and columns % recipe.weight[1]:
+        raise ValueError(
+            f"{fqn or 'a weight'} of {' x '.join(map(str, size))} is sharded on dim "
+            f"{len(size) - 1} into {columns} columns, not a multiple of the {recipe.weight[1]} "
+            f"that recipe {recipe.name!r} scales together: shard it on dim 0"
+        )
+
+
+def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) -> precompute.Shard:
+    """`shard_of` a weight (E, R, C), see [Note: experts] in `precompute`."""
+    cut, mesh = cut_of(param, gathered, fqn), param.device_mesh
+    if cut.fsdp is None or cut.tp is not None:
+        raise ValueError(
+            f"{fqn}: the weights of experts are placed as {param.placements}: in float8 they can "
+            "be sharded by fully_shard alone. Leave tensor and expert parallelism away from them, "
+            "or leave them out of convert_moe_to_float8_training"
+        )
+    dim, world, rank = (
+        _tensor_dim(param, cut.fsdp),
+        mesh.size(cut.fsdp),
+        mesh.get_local_rank(cut.fsdp),
+    )
+    extent = -(-param.shape[dim] // world)
+    first = min(rank * extent, param.shape[dim])
+    local = list(param.shape)
+    local[dim] = extent
+    experts, rows, columns = local
+    _check_columns(param.shape, columns, recipe, fqn)
+    of_expert = param.shape[1]
+    if recipe.weight_for_grad_input == COLUMN:
+        recipe = replace(recipe, weight_for_grad_input=(of_expert, 1))
+    return precompute.Shard(
+        as_matrix(param._local_tensor._tensor),  # type: ignore[attr-defined]
+        matrix_size(param.shape),
+        (first * of_expert, 0) if dim == 0 else _with((0, 0), dim - 1, first),
+        (experts * rows, columns),
+        recipe,
+        world,
+        experts=(of_expert, rows),
+    )
+
+
+def matrix_size(size: torch.Size) -> Size:
+    """Of the matrix of experts' weights one below the other; of a matrix, its own."""
+    return size[:-1].numel(), size[-1]
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """Experts' weights one below the other, a view; a matrix as it is."""
+    return x if x.dim() == 2 else x.view(matrix_size(x.shape))
 
 
 def _tensor_dim(param: DTensor, mesh_dim: int) -> int:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.placement import matrix_size
 from fp8dist.tensors.weight_state import Edits, Seen, WeightState, update_scales
 
 logger = logging.getLogger("fp8dist")
 aten = torch.ops.aten
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[WeightState, torch.Tensor]]:
+    """The float8 weights of a module itself: of a `Float8Linear`, or of experts."""
+    if (state := getattr(module, "weight_state", None)) is not None:
+        yield state, module.weight  # type: ignore[misc]
+    for name, state in getattr(module, "expert_states", {}).items():
+        yield state, getattr(module, name)
 
 
 def is_sharded(param: torch.Tensor | None) -> bool:
@@ -134,24 +143,32 @@ class Float8ShardedWeight(torch.Tensor):
         )
         out = func(*inner_args, **inner_kwargs)
         if _is_view(func):
-            return _wrap_all(out, lambda tensor: cls(tensor, args[0]._edits))
+            return _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
         if func in _MOVE_OPS:
             pinned = func is aten._pin_memory.default
-            return cls(out, Edits(moved_from=args[0]._edits, filled=pinned))
+            return args[0]._like(out, Edits(moved_from=args[0]._edits, filled=pinned))
         if func in _COPY_OPS:
-            return _wrap_all(out, cls)
+            return _wrap_all(out, args[0]._like)
         if isinstance(args[0], cls) and func._schema.arguments[0].is_write:
             return args[0]  # an in-place op returns what it was called on
         return out
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
+    def _like(self, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
+        """Another tensor in the place of this one's."""
+        return Float8ShardedWeight(tensor, edits)
+
+    def _of_module(self, module: nn.Module) -> tuple[WeightState | None, Any]:
+        """What the module that FSDP2 gathers this for keeps about it, and its parameter."""
+        return getattr(module, "weight_state", None), getattr(module, "weight", None)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_tensor"], None
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, torch.Tensor], meta: None, outer_size: Any, outer_stride: Any
+        inner: dict[str, torch.Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> "Float8ShardedWeight":
         return Float8ShardedWeight(inner["_tensor"])
 
@@ -174,25 +191,28 @@ class Float8ShardedWeight(torch.Tensor):
         Returns:
             ((payload,), (scales, outer_size)): see `WeightState`; the metadata stays here.
         """
-        state = getattr(module, "weight_state", None)
+        state, param = self._of_module(module)
         if not isinstance(state, WeightState):
             raise ValueError(
-                f"a {type(module).__name__} holds the weight of a Float8Linear, which it cannot "
-                "gather: tie weights before convert_to_float8_training, which leaves them alone"
+                f"a {type(module).__name__} holds the weight of another module that was converted "
+                "to float8, which it cannot gather: tie weights before the conversion, which "
+                "leaves them alone"
             )
-        param = module.weight
         if not isinstance(param, DTensor):
             raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
         if state.seen is None:
             check_reshard(state.root())
         state.set_gathered(True)
         _make_current(state, param)
-        if state.shard_now(param).size != tuple(outer_size):
+        if state.shard_now(param).size != matrix_size(outer_size):
             raise AssertionError(
                 f"{state.fqn}: FSDP2 gathers {tuple(outer_size)} of a weight placed as "
                 f"{param.placements}"
             )
-        return (state.current_payload(self._tensor, param),), (state.scales, outer_size)
+        payload = state.current_payload(self._tensor, param)
+        if len(outer_size) == 3:
+            payload = payload.view(-1, self.size(1), payload.size(1))
+        return (payload,), (state.scales, outer_size)
 
     def fsdp_post_all_gather(
         self,
@@ -205,8 +225,8 @@ class Float8ShardedWeight(torch.Tensor):
         """FSDP2's hook after the all-gather.
 
         Args:
-            all_gather_outputs: the payloads of all ranks, uint8; their first N x K bytes are
-                the weight in row-major order.
+            all_gather_outputs: the payloads of all ranks, uint8; their first bytes are the
+                weight in row-major order.
             metadata: what the other hook returned.
             param_dtype: the dtype in which the layer computes.
             out: the unsharded weight of the first all-gather, whose data FSDP2 has refilled.
@@ -220,12 +240,17 @@ class Float8ShardedWeight(torch.Tensor):
             unsharded = out._local_tensor if isinstance(out, DTensor) else out
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
-            unsharded._scales, unsharded._scales_for_grad_input = _by_use(scales)
+            unsharded._scales, unsharded._scales_for_grad_input = scales_by_use(scales)
             return None
-        return _float8(payload, scales, size, param_dtype), (payload,)
+        return self._unsharded(payload, scales, size, param_dtype), (payload,)
+
+    def _unsharded(
+        self, payload: torch.Tensor, scales: Any, size: torch.Size, dtype: torch.dtype
+    ) -> Float8Tensor:
+        return _float8(payload, scales, size, dtype)
 
 
-def _by_use(scales: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def scales_by_use(scales: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`WeightState.scales` as `Float8Tensor` takes them."""
     return scales[0] if scales else None, scales[1] if len(scales) > 1 else None
 
@@ -236,14 +261,19 @@ def _float8(
     """What is gathered of a weight, `size` and standing for `dtype`, from the payloads of all ranks
     and `WeightState.scales`.
     """
-    own_scales, scales_for_grad_input = _by_use(scales)
-    # Ranks pad their rows at the end, and dim 1 has been put together: the weight's rows are
-    # contiguous.
-    if own_scales is None:
-        data = payload.view(size[0], -1)  # packed
-    else:
-        data = payload.view(-1)[: size.numel()].view(size).view(torch.float8_e4m3fn)
+    own_scales, scales_for_grad_input = scales_by_use(scales)
+    data = gathered_data(payload, own_scales is None, size)
     return Float8Tensor(data, own_scales, size, dtype, scales_for_grad_input)
+
+
+def gathered_data(payload: torch.Tensor, packed: bool, size: torch.Size) -> torch.Tensor:
+    """The data of a `Float8Tensor` of `size` in the payloads of all ranks."""
+    # Ranks pad their rows at the end, and other dimensions have been put together: the weight's
+    # rows are contiguous.
+    rows, columns = matrix_size(size)
+    if packed:
+        return payload.view(rows, -1)
+    return payload.view(-1)[: rows * columns].view(rows, columns).view(torch.float8_e4m3fn)
 
 
 @torch.inference_mode(False)

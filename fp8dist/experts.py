@@ -1,0 +1,389 @@
+"""Experts in float8: weights of three dimensions for `F.grouped_mm`, and its three matmuls.
+
+The model's own modules go on calling `torch.nn.functional.grouped_mm` or `torch._grouped_mm` on
+their weights; these are tensors that answer such calls in float8.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fp8dist import kernels, numerics
+from fp8dist.config import HP_DTYPES, Float8Config, Recipe
+from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
+from fp8dist.grouped_numerics import ScaledGroups
+from fp8dist.kernels import grouped
+from fp8dist.numerics import Scaled
+from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight, gathered_data, scales_by_use
+from fp8dist.tensors.weight_state import Edits, WeightState
+
+aten = torch.ops.aten
+
+_GROUPED_MM: tuple[Any, ...] = (F.grouped_mm, torch._grouped_mm)
+
+
+def _torch_function(
+    cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+) -> Any:
+    """Answers grouped matmuls whose second operand is the weight of experts."""
+    kwargs = kwargs or {}
+    if func in _GROUPED_MM:
+        weight = args[1] if len(args) > 1 else kwargs.get("mat_b", kwargs.get("mat2"))
+        if isinstance(weight, Float8Experts | Float8ShardedExperts):
+            return _grouped_mm(*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class Float8Experts(Float8Tensor):
+    """The weights of experts in float8, as a `Float8Tensor` of three dimensions.
+
+    What models do to a weight before they multiply it keeps it in float8: a cast to another high
+    precision, an exchange of the last two dimensions.
+
+    Args:
+        data, scales, scales_for_grad_input: as `Float8Tensor` takes them for the matrix of all
+            experts' weights (E * R, C), one below the other; the last (2, E, C).
+        size: (E, R, C), or (E, C, R) if transposed.
+        dtype: the high-precision dtype it stands for, which its gradients have.
+        config: how it is multiplied.
+        transposed: whether the last two dimensions are exchanged.
+    """
+
+    config: Float8Config
+    transposed: bool
+
+    __torch_function__: Any = classmethod(_torch_function)
+
+    @staticmethod
+    def __new__(  # type: ignore[override]
+        cls,
+        data: torch.Tensor,
+        scales: torch.Tensor | None,
+        size: torch.Size,
+        dtype: torch.dtype,
+        scales_for_grad_input: torch.Tensor | None,
+        config: Float8Config,
+        transposed: bool = False,
+    ) -> "Float8Experts":
+        rows, columns = size[1:]
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            size,
+            strides=(rows * columns, 1, rows) if transposed else (rows * columns, columns, 1),
+            dtype=dtype,
+            device=data.device,
+        )
+        self._data = data
+        self._scales = scales
+        self._scales_for_grad_input = scales_for_grad_input
+        self.config = config
+        self.transposed = transposed
+        return self
+
+    @property
+    def rows(self) -> int:
+        """R: how many rows of `_data` an expert has."""
+        return self.size(2 if self.transposed else 1)
+
+    def dequantize(self) -> torch.Tensor:
+        data, scale, *_ = self._unpacked()
+        value = numerics.dequantize(data, scale).to(self.dtype).unflatten(0, (-1, self.rows))
+        return value.transpose(1, 2) if self.transposed else value
+
+    def _with_data(self, data: torch.Tensor) -> "Float8Experts":
+        return self._replace(data=data)
+
+    def _replace(
+        self,
+        data: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        transpose: bool = False,
+    ) -> "Float8Experts":
+        experts, rows, columns = self.shape
+        return Float8Experts(
+            self._data.detach() if data is None else data,
+            self._scales,
+            torch.Size((experts, columns, rows)) if transpose else self.shape,
+            self.dtype if dtype is None else dtype,
+            self._scales_for_grad_input,
+            self.config,
+            self.transposed is not transpose,
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        source, kwargs = args[0] if args else None, kwargs or {}
+        if isinstance(source, cls):
+            if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
+                if kwargs["dtype"] in HP_DTYPES:
+                    return source._replace(dtype=kwargs["dtype"])
+            if func is aten.transpose.int and {args[1] % 3, args[2] % 3} == {1, 2}:
+                return source._replace(transpose=True)
+            if func is aten.permute.default and [dim % 3 for dim in args[1]] == [0, 2, 1]:
+                return source._replace(transpose=True)
+            if func is aten.clone.default:  # as `contiguous` does
+                return source._replace(data=source._data.clone())
+            if func is aten.as_strided.default and tuple(args[2]) != source.stride():
+                args = (source.dequantize(), *args[1:])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names, (dtype,) = super().__tensor_flatten__()
+        return names, (dtype, self.config, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], meta: Any, outer_size: torch.Size, outer_stride: Any
+    ) -> "Float8Experts":
+        dtype, config, transposed = meta
+        scales, scales_for_grad_input = inner.get("_scales"), inner.get("_scales_for_grad_input")
+        return Float8Experts(
+            inner["_data"], scales, outer_size, dtype, scales_for_grad_input, config, transposed
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Float8Experts(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class Float8ShardedExperts(Float8ShardedWeight):
+    """The weights of experts, or FSDP2's shard of them, in high precision.
+
+    Args:
+        tensor: (E, R, C) or a shard of it along any dimension.
+        config: how it is multiplied.
+        name: what its module calls it.
+    """
+
+    config: Float8Config
+    parameter_name: str
+
+    __torch_function__: Any = classmethod(_torch_function)
+
+    @staticmethod
+    def __new__(  # type: ignore[override]
+        cls, tensor: torch.Tensor, config: Float8Config, name: str, edits: Edits | None = None
+    ) -> "Float8ShardedExperts":
+        self: Any = Float8ShardedWeight.__new__(cls, tensor, edits)
+        self.config, self.parameter_name = config, name
+        return self
+
+    def _like(self, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedExperts":
+        return Float8ShardedExperts(tensor, self.config, self.parameter_name, edits)
+
+    def _of_module(self, module: nn.Module) -> tuple[WeightState | None, Any]:
+        states = getattr(module, "expert_states", {})
+        return states.get(self.parameter_name), getattr(module, self.parameter_name, None)
+
+    def _unsharded(
+        self, payload: torch.Tensor, scales: Any, size: torch.Size, dtype: torch.dtype
+    ) -> Float8Experts:
+        own_scales, scales_for_grad_input = scales_by_use(scales)
+        data = gathered_data(payload, own_scales is None, size)
+        return Float8Experts(data, own_scales, size, dtype, scales_for_grad_input, self.config)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["_tensor"], (self.config, self.parameter_name)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], meta: Any, outer_size: Any, outer_stride: Any
+    ) -> "Float8ShardedExperts":
+        return Float8ShardedExperts(inner["_tensor"], *meta)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Float8ShardedExperts({self._tensor!r})"
+
+
+# --- the three matmuls
+
+
+def _for_output(weight: torch.Tensor, recipe: Recipe) -> Scaled:
+    """The operand of output, (E * N, K), of a weight (E, K, N)."""
+    if isinstance(weight, Float8Experts) and weight.transposed:
+        return weight.unpack(recipe.weight)
+    return _other_way(weight, recipe, None)
+
+
+def _for_grad_input(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor) -> Scaled:
+    """The operand of grad_input, (E * K, N), of a weight (E, K, N).
+
+    after: see [Note: only in backward] in `kernels.ops`.
+    """
+    if isinstance(weight, Float8Experts) and not weight.transposed:
+        return weight.unpack(recipe.weight)
+    return _other_way(weight.transpose(1, 2), recipe, after)
+
+
+def _other_way(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor | None) -> Scaled:
+    """The weight (E, A, B) for a matmul that contracts A, (E * B, A): if it has arrived in float8,
+    and A are its rows, derived from that."""
+    if isinstance(weight, Float8Experts):
+        scales = weight._scales_for_grad_input
+        derived = grouped.transpose_each(
+            weight.unpack(recipe.weight),
+            weight.rows,
+            recipe.weight_for_grad_input,
+            None if scales is None else scales[1],
+            recipe.scale_format,
+            after,
+        )
+        return derived if scales is None else derived._replace(inverse=scales[0].reshape(-1, 1))
+    hp = weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+    rows = hp.transpose(1, 2).reshape(-1, hp.size(1))
+    scaled, _ = kernels.quantize_both(
+        rows, recipe.weight, None, recipe.weight_dtype, recipe.scale_format, after
+    )
+    return _wanted(scaled)
+
+
+def _wanted(operand: Any) -> Any:
+    if operand is None:
+        raise AssertionError("an operand that was asked for is missing")
+    return operand
+
+
+@torch._dynamo.allow_in_graph
+class _Float8GroupedMatmul(torch.autograd.Function):
+    """Each expert's tokens times its weight, and the two matmuls of the backward.
+
+    As in `linear`, the weight itself is saved and never a copy of it.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        ends: torch.Tensor,
+        config: Float8Config,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
+        recipe = config.recipe
+        needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
+        scaled, groups = grouped.quantize_tokens(
+            input,
+            ends,
+            recipe.input,
+            recipe.input_for_grad_weight if needs_weight_grad else None,
+            recipe.input_dtype,
+            recipe.scale_format,
+        )
+        saved = () if groups is None else (groups.data, groups.scale, groups.ends)
+        inverse = () if groups is None or groups.inverse is None else (groups.inverse,)
+        ctx.save_for_backward(weight, ends, *saved, *inverse)
+        ctx.config = config
+        return scaled_grouped_matmul(
+            _wanted(scaled),
+            _for_output(weight, recipe),
+            ends,
+            input.dtype,
+            recipe,
+            fast_accum=config.fast_accum_by_matmul.output,
+            emulate=config.emulate,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        weight, ends, *saved = ctx.saved_tensors
+        config: Float8Config = ctx.config
+        recipe = config.recipe
+        needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        scaled, groups = grouped.quantize_tokens(
+            grad_output,
+            ends,
+            recipe.grad_output if needs_input_grad else None,
+            recipe.grad_output_for_grad_weight if needs_weight_grad else None,
+            recipe.grad_output_dtype,
+            recipe.scale_format,
+        )
+        grad_input = grad_weight = None
+        if scaled is not None:
+            grad_input = scaled_grouped_matmul(
+                scaled,
+                _for_grad_input(weight, recipe, grad_output),
+                ends,
+                grad_output.dtype,
+                recipe,
+                fast_accum=config.fast_accum_by_matmul.grad_input,
+                emulate=config.emulate,
+            )
+        if groups is not None:
+            data, scale, padded_ends, *inverse = saved
+            tokens = ScaledGroups(data, scale, padded_ends, groups.block, *inverse)
+            stored_transposed = weight.stride(1) == 1
+            a, b = (groups, tokens) if stored_transposed else (tokens, groups)
+            grad_weight = scaled_grouped_outer(
+                a,
+                b,
+                grad_output.dtype,
+                recipe,
+                fast_accum=config.fast_accum_by_matmul.grad_weight,
+                emulate=config.emulate,
+            )
+            if stored_transposed:
+                grad_weight = grad_weight.transpose(1, 2)
+        return grad_input, grad_weight, None, None, None
+
+
+def _grouped_mm(
+    mat_a: torch.Tensor,
+    mat_b: "Float8Experts | Float8ShardedExperts",
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.grouped_mm` of tokens and float8 weights.
+
+    Args:
+        mat_a: (M, K), grouped by offs; or (E, tokens, K) without offs.
+        mat_b: (E, K, N), the weights.
+        offs: (E,), int32: where each expert's tokens end.
+
+    Returns:
+        (M, N) or (E, tokens, N) in mat_a's dtype.
+
+    Raises:
+        ValueError: a bias, another out_dtype, tokens that are not in high precision, or shapes
+            that do not go together.
+    """
+    experts, inner, _ = mat_b.shape
+    found = f"grouped_mm of float8 experts {tuple(mat_b.shape)}"
+    if bias is not None or out_dtype not in (None, mat_a.dtype):
+        raise ValueError(f"{found} takes no bias and no other out_dtype: add, or cast, afterwards")
+    if mat_a.dtype not in HP_DTYPES:
+        raise ValueError(
+            f"{found}: the tokens are {mat_a.dtype}: pass float32, bfloat16 or float16"
+        )
+    batched = mat_a.dim() == 3 and offs is None
+    if not batched and (mat_a.dim() != 2 or offs is None):
+        raise ValueError(
+            f"{found} takes tokens (M, {inner}) with offs, or ({experts}, tokens, {inner}) "
+            f"without; got {tuple(mat_a.shape)} {'without' if offs is None else 'with'} offs"
+        )
+    if offs is None:
+        ends = torch.arange(1, experts + 1, dtype=torch.int32, device=mat_a.device) * mat_a.size(1)
+    else:
+        ends = offs
+    fits = mat_a.size(-1) == inner and (not batched or mat_a.size(0) == experts)
+    if not fits or ends.shape != (experts,) or ends.dtype != torch.int32:
+        raise ValueError(
+            f"{found} takes tokens with {inner} elements and {experts} offsets, int32; got "
+            f"{tuple(mat_a.shape)} and {tuple(ends.shape)}, {ends.dtype}"
+        )
+    flat = mat_a.reshape(-1, inner)
+    output = _Float8GroupedMatmul.apply(flat, mat_b, ends, mat_b.config, torch.is_grad_enabled())
+    return output.unflatten(0, (experts, -1)) if batched else output

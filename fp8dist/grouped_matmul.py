@@ -1,0 +1,117 @@
+"""Grouped float8 matmuls, of tokens by their expert's weight, and their dequantized stand-in."""
+
+import torch
+import torch.nn.functional as F
+from torch.library import Library, register_fake
+from torch.nn.functional import ScalingType
+
+from fp8dist import hardware, numerics
+from fp8dist.config import Recipe
+from fp8dist.grouped_numerics import ScaledGroups, dequantize_groups
+from fp8dist.numerics import Scaled
+
+_library = Library("fp8dist", "FRAGMENT")
+_library.define(
+    "grouped_mm(Tensor a, Tensor b, Tensor ends) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`F.grouped_mm`, which the compiler knows in bfloat16 only."""
+    return F.grouped_mm(a, b, offs=ends)
+
+
+_library.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
+
+
+@register_fake("fp8dist::grouped_mm", lib=_library)
+def _(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    if b.dim() == 2:
+        return a.new_empty(ends.size(0), a.size(0), b.size(1))
+    return a.new_empty(a.size(0), b.size(2))
+
+
+def scaled_grouped_matmul(
+    a: Scaled,
+    b: Scaled,
+    ends: torch.Tensor,
+    output_dtype: torch.dtype,
+    recipe: Recipe,
+    *,
+    fast_accum: bool = False,
+    emulate: bool = False,
+) -> torch.Tensor:
+    """The tokens of each group times the weight of its expert: output and grad_input.
+
+    Args:
+        a: (M, K), tokens.
+        b: (E * N, K), the weights one below the other.
+        ends: (E,), int32; see [Note: groups] in `grouped_numerics`.
+
+    Returns:
+        (M, N), output_dtype; what is in rows of no group is undefined, as it is in `F.grouped_mm`.
+    """
+    experts = ends.numel()
+    if not hardware.multiplies(a.data.device, recipe, emulate, grouped=True):
+        a_hp, b_hp = (_in_matmul_dtype(numerics.dequantize(x.data, x.scale)) for x in (a, b))
+        weights = b_hp.unflatten(0, (experts, -1)).transpose(1, 2)
+        return torch.ops.fp8dist.grouped_mm(a_hp, weights, ends).to(output_dtype)
+    if a.data.size(0) == 0:
+        return a.scale.new_zeros((0, b.data.size(0) // experts), dtype=output_dtype)
+    output = F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        a.data.contiguous(),
+        b.data.contiguous().unflatten(0, (experts, -1)).transpose(1, 2),
+        _inverse(a).flatten(),
+        ScalingType.RowWise,
+        _inverse(b).reshape(experts, -1),
+        ScalingType.RowWise,
+        offs=ends,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=fast_accum,
+    )
+    return output.to(output_dtype)
+
+
+def scaled_grouped_outer(
+    a: ScaledGroups,
+    b: ScaledGroups,
+    output_dtype: torch.dtype,
+    recipe: Recipe,
+    *,
+    fast_accum: bool = False,
+    emulate: bool = False,
+) -> torch.Tensor:
+    """a @ b^T of each group by itself, tokens contracted: grad_weight.
+
+    Args:
+        a: (N, padded rows). b: (K, padded rows).
+
+    Returns:
+        (E, N, K), output_dtype; 0 for a group without tokens.
+    """
+    if not hardware.multiplies(a.data.device, recipe, emulate, grouped=True):
+        a_hp, b_hp = (_in_matmul_dtype(dequantize_groups(x)) for x in (a, b))
+        # Rows in memory, as torch's grouped matmul wants operands.
+        a_hp, b_hp = a_hp.contiguous(), b_hp.contiguous()
+        return torch.ops.fp8dist.grouped_mm(a_hp, b_hp.t(), a.ends).to(output_dtype)
+    output = F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        a.data.contiguous(),
+        b.data.contiguous().t(),
+        _inverse(a).flatten(),
+        ScalingType.RowWise,
+        _inverse(b).flatten(),
+        ScalingType.RowWise,
+        offs=a.ends,
+        output_dtype=torch.bfloat16,
+        use_fast_accum=fast_accum,
+    )
+    return output.to(output_dtype)
+
+
+def _inverse(x: Scaled | ScaledGroups) -> torch.Tensor:
+    return x.scale.reciprocal() if x.inverse is None else x.inverse
+
+
+def _in_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
+    # A GPU's grouped matmuls take bfloat16, in which float8 times a power of two is exact.
+    return x.bfloat16() if x.is_cuda else x

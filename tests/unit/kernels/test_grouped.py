@@ -1,0 +1,84 @@
+"""Casts of tokens in groups where they are: as `grouped_numerics` does them."""
+
+import pytest
+import torch
+
+from fp8dist import grouped_numerics, numerics
+from fp8dist.config import COLUMN, RECIPES, ROW, Block
+from fp8dist.kernels import grouped
+
+E4M3 = torch.float8_e4m3fn
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The recipes' blocks of a row, of a column of a group, and the format of their scales.
+CASES: list[tuple[Block, Block, str]] = [
+    (ROW, COLUMN, "power_of_2"),
+    ((1, 32), (32, 1), "e8m0"),
+]
+COUNTS = [[5, 0, 37, 16], [0, 0, 0, 300], [0, 0, 0, 0], [256, 0, 384, 128], [1] * 100]
+
+
+def tokens(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 3, columns)
+    return x.to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", COUNTS, ids=lambda c: str(c)[:20])
+@pytest.mark.parametrize("block, transposed_block, scale_format", CASES)
+@pytest.mark.parametrize("rows, wanted", [(True, True), (True, False), (False, True)])
+def test_tokens(
+    block: Block,
+    transposed_block: Block,
+    scale_format: str,
+    counts: list[int],
+    dtype: torch.dtype,
+    device: str,
+    rows: bool,
+    wanted: bool,
+) -> None:
+    x = tokens(sum(counts) + 7, 96, dtype, device)  # 7 rows of no group
+    x[sum(counts) :] = torch.nan
+    ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
+    scaled, groups = grouped.quantize_tokens(
+        x, ends, block if rows else None, transposed_block if wanted else None, E4M3, scale_format
+    )
+    assert (scaled is not None) == rows and (groups is not None) == wanted
+    if scaled is not None:
+        expected = numerics.quantize(x, block, E4M3, scale_format)
+        m = sum(counts)
+        assert scaled.data[:m].view(torch.uint8).equal(expected.data[:m].view(torch.uint8))
+        assert scaled.scale[:m].equal(expected.scale[:m])
+    if groups is not None:
+        of = grouped_numerics.quantize_groups(x, ends, transposed_block, E4M3, scale_format)
+        assert groups.block == of.block
+        assert groups.ends.equal(of.ends)
+        assert (
+            groups.data.contiguous().view(torch.uint8).equal(of.data.contiguous().view(torch.uint8))
+        )
+        assert groups.scale.equal(of.scale)
+        if groups.inverse is not None:
+            assert groups.inverse.equal(of.scale.reciprocal())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["rowwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("size", [(64, 96), (160, 256)], ids=str)
+def test_transposing_each(recipe: str, size: tuple[int, int], device: str) -> None:
+    of, (n, k) = RECIPES[recipe], size
+    w = tokens(3 * n, k, torch.float32, device)
+    scaled = numerics.quantize(w, of.weight, E4M3, of.scale_format)
+    new_scale = None
+    if of.weight_for_grad_input == COLUMN:
+        amaxes = w.view(3, n, k).abs().amax(1)
+        new_scale = numerics.amax_to_scale(amaxes, E4M3, of.scale_format)
+    arguments = (scaled, n, of.weight_for_grad_input, new_scale, of.scale_format)
+    found, expected = (module.transpose_each(*arguments) for module in (grouped, grouped_numerics))
+    assert (
+        found.data.contiguous()
+        .view(torch.uint8)
+        .equal(expected.data.contiguous().view(torch.uint8))
+    )
+    assert found.scale.equal(expected.scale)
+    assert found.block == expected.block

@@ -1,0 +1,121 @@
+"""Experts as models write them, and what one plain float8 layer per expert makes of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fp8dist import Float8Config, numerics
+from fp8dist.config import Block, Recipe
+from fp8dist.linear import Float8Linear
+
+EXPERTS, DIM, HIDDEN = 4, 64, 96
+
+
+class StackedExperts(nn.Module):
+    """Weights (E, N, K), cast and transposed where they are used, as torchtitan's experts do."""
+
+    def __init__(self, experts: int = EXPERTS, dim: int = DIM, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.w1, self.w3 = (
+            nn.Parameter(torch.randn(experts, hidden, dim) / dim**0.5) for _ in range(2)
+        )
+        self.w2 = nn.Parameter(torch.randn(experts, dim, hidden) / hidden**0.5)
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        offs = counts.cumsum(0, dtype=torch.int32)
+        w1, w2, w3 = (w.bfloat16().transpose(-2, -1) for w in (self.w1, self.w2, self.w3))
+        h = x.bfloat16()
+        gate, up = (torch._grouped_mm(h, w, offs=offs) for w in (w1, w3))
+        return torch._grouped_mm(F.silu(gate) * up, w2, offs=offs).type_as(x)
+
+
+class FusedExperts(nn.Module):
+    """Weights (E, K, N) used as they are, gate and up in one, and biases, as some of transformers'
+    experts have them.
+    """
+
+    def __init__(self, experts: int = EXPERTS, dim: int = DIM, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, dim, 2 * hidden) / dim**0.5)
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(experts, 2 * hidden))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, dim) / hidden**0.5)
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        offs = counts.cumsum(0, dtype=torch.int32)
+        bias = self.gate_up_proj_bias.repeat_interleave(counts, 0)
+        weight = self.gate_up_proj
+        h = F.grouped_mm(x.to(weight.dtype), weight, offs=offs) + bias.to(weight.dtype)
+        gate, up = h.chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=offs).to(x.dtype)
+
+
+class Model(nn.Module):
+    """Experts within a model, beside a linear layer whose name also says experts."""
+
+    def __init__(self, kind: Callable[[], nn.Module] = StackedExperts) -> None:
+        super().__init__()
+        self.shared_experts = nn.Linear(DIM, DIM, bias=False)
+        self.experts = kind()
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return self.shared_experts(x) + self.experts(x, counts)
+
+
+def new_model(kind: Callable[[], nn.Module] = StackedExperts, seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model(kind)
+
+
+def tokens(counts: list[int], dim: int = DIM, seed: int = 0) -> torch.Tensor:
+    """Rows and columns of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(counts), dim, generator=generator)
+    return x * torch.rand(sum(counts), 1, generator=generator) * torch.logspace(-1, 1, dim)
+
+
+def one_linear_per_expert(
+    x: torch.Tensor, weight: torch.Tensor, counts: list[int], recipe: str, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, grad_input and grad_weight, each expert being a `Float8Linear` of its own.
+
+    Args:
+        x: (M, K).
+        weight: (E, N, K).
+        counts: how many of the rows of x each expert has.
+        grad: (M, N), the gradient of the output.
+    """
+    outputs, grad_inputs, grad_weights = [], [], []
+    parts = zip(weight, x.split(counts), grad.split(counts), strict=True)
+    for of_expert, own, own_grad in parts:
+        linear = nn.Linear(weight.size(2), weight.size(1), bias=False, dtype=weight.dtype)
+        linear.weight = nn.Parameter(of_expert.detach().clone())
+        layer = Float8Linear.from_float(linear, Float8Config(recipe))
+        if own.size(0) == 0:
+            outputs.append(own_grad)
+            grad_inputs.append(own)
+            grad_weights.append(torch.zeros_like(of_expert))
+            continue
+        leaf = own.detach().clone().requires_grad_()
+        output = layer(leaf)
+        output.backward(own_grad)
+        outputs.append(output.detach())
+        grad_inputs.append(leaf.grad)
+        grad_weights.append(layer.weight.grad)
+    return torch.cat(outputs), torch.cat(grad_inputs), torch.stack(grad_weights)
+
+
+def rescaled(weight: torch.Tensor, block: Block, recipe: Recipe, arrived: bool) -> torch.Tensor:
+    """The value of (N, K) as the matmul that contracts N sees it, by `numerics` alone."""
+    if not arrived:
+        scaled = numerics.quantize(weight, block, recipe.weight_dtype, recipe.scale_format)
+        return numerics.dequantize(scaled.data, scaled.scale)
+    first = numerics.quantize(weight, recipe.weight, recipe.weight_dtype, recipe.scale_format)
+    new_scale: Any = None
+    if recipe.scale_format != "e8m0":
+        amax = numerics.amax(weight, block)
+        new_scale = numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format)
+    scaled = numerics.rescale_transposed(first, block, new_scale, recipe.scale_format).t()
+    return numerics.dequantize(scaled.data, scaled.scale)

@@ -1,0 +1,81 @@
+"""The grouped matmuls, against exact arithmetic and, on a GPU, the dequantized one."""
+
+import pytest
+import torch
+
+from fp8dist import grouped_numerics, numerics
+from fp8dist.config import COLUMN, RECIPES, ROW
+from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
+from fp8dist.grouped_numerics import ScaledGroups
+from fp8dist.numerics import Scaled
+
+E4M3 = torch.float8_e4m3fn
+ROWWISE = RECIPES["rowwise"]
+EXPERTS, K, N = 3, 32, 48
+
+
+def operand(rows: int, columns: int, seed: int) -> Scaled:
+    """Small integers with scales of rows, so that products and sums are exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(-4, 5, (rows, columns), generator=generator).to(E4M3)
+    scale = 2.0 ** torch.randint(-2, 3, (rows, 1), generator=generator)
+    return Scaled(data, scale, ROW)
+
+
+def value(x: Scaled) -> torch.Tensor:
+    return x.data.double() / x.scale.double()
+
+
+def groups(x: torch.Tensor, ends: torch.Tensor) -> ScaledGroups:
+    return grouped_numerics.quantize_groups(x, ends, COLUMN, E4M3, "power_of_2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 17], [0, 0, 0]], ids=str)
+def test_tokens_by_their_experts_weight(counts: list[int], dtype: torch.dtype) -> None:
+    a, b = operand(sum(counts), K, 0), operand(EXPERTS * N, K, 1)
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    found = scaled_grouped_matmul(a, b, ends, dtype, ROWWISE)
+    expected = torch.cat(
+        [
+            part @ weight.t()
+            for part, weight in zip(value(a).split(counts), value(b).view(3, N, K), strict=True)
+        ]
+    )
+    assert found.dtype == dtype
+    assert found.equal(expected.to(dtype))
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 17], [0, 0, 0]], ids=str)
+def test_tokens_contracted(counts: list[int]) -> None:
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    # Halves of small integers: exact in float8 with any power of two.
+    a, b = (torch.randint(-4, 5, (sum(counts), n), generator=generator) / 2 for n in (N, K))
+    found = scaled_grouped_outer(groups(a, ends), groups(b, ends), torch.float32, ROWWISE)
+    expected = torch.stack(
+        [p.t() @ q for p, q in zip(a.split(counts), b.split(counts), strict=True)]
+    )
+    assert found.shape == (EXPERTS, N, K)
+    assert found.equal(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 170], [256, 128, 512]], ids=str)
+def test_on_a_gpu_as_dequantized(counts: list[int]) -> None:
+    """Products of float8 are summed in float32 by both; the output is bfloat16 (2^-9)."""
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).cuda()
+    a = numerics.quantize(torch.randn(sum(counts), K).cuda(), ROW, E4M3, "power_of_2")
+    b = numerics.quantize(torch.randn(EXPERTS * N, K).cuda(), ROW, E4M3, "power_of_2")
+    found, expected = (
+        scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, emulate=emulate)
+        for emulate in (False, True)
+    )
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    x, y = (groups(torch.randn(sum(counts), n).cuda(), ends) for n in (N, K))
+    found, expected = (
+        scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, emulate=emulate)
+        for emulate in (False, True)
+    )
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-6)
+    assert found[[i for i, count in enumerate(counts) if count == 0]].count_nonzero() == 0
