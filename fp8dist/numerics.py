@@ -173,10 +173,15 @@ class Scaled(NamedTuple):
 
 
 def quantize(
-    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, scale_format: ScaleFormat
+    x: torch.Tensor,
+    block: Block,
+    float8_dtype: torch.dtype,
+    scale_format: ScaleFormat,
+    known_amax: torch.Tensor | None = None,
 ) -> Scaled:
-    """Scale and cast a (M, N) tensor by its own amaxes."""
-    scale = amax_to_scale(amax(x, block), float8_dtype, scale_format)
+    """Scale and cast a (M, N) tensor by its own amaxes, or by those that are known already."""
+    amaxes = amax(x, block) if known_amax is None else known_amax
+    scale = amax_to_scale(amaxes, float8_dtype, scale_format)
     return Scaled(cast(x, scale, float8_dtype), scale, block)
 
 
@@ -235,6 +240,7 @@ def quantize_both(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
+    known_amax: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """Quantize x for a matmul that contracts its columns and x^T for one that contracts its rows.
 
@@ -242,6 +248,7 @@ def quantize_both(
         x: (M, N), high precision; M is of any number.
         block: the blocks of x for the first; None: it is not wanted.
         transposed_block: the blocks of x for the second; None: it is not wanted.
+        known_amax: (1, 1), float32, if one scale is wanted and its amax is known.
 
     Returns:
         x: (M, N). x^T: (N, M), M padded with zeros to a multiple of `token_multiple`; here as a
@@ -249,13 +256,14 @@ def quantize_both(
     """
     scaled = transposed = None
     if block is not None:
-        scaled = quantize(x, block, float8_dtype, scale_format)
+        scaled = quantize(x, block, float8_dtype, scale_format, known_amax)
     if transposed_block is not None:
         missing = -x.size(0) % token_multiple(transposed_block)
         if missing:
             x = F.pad(x, (0, 0, 0, missing))
         if scaled is None or block != transposed_block or missing:
-            transposed = quantize(x, transposed_block, float8_dtype, scale_format).t()
+            args = (transposed_block, float8_dtype, scale_format, known_amax)
+            transposed = quantize(x, *args).t()
         else:
             transposed = scaled.t()
     return scaled, transposed

@@ -23,12 +23,21 @@ def quantize_both(
         return None, None
     one = block is None or transposed_block is None
     # Without kernels and the compiler, which may fail to fuse it, one orientation may be a view.
-    as_view = one and not ops.has_kernels(x) and not torch.compiler.is_compiling()
+    as_view = one and not ops.has_kernels(x) and not _is_traced()
     # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless the
     # float8 all-gather is off.
     if as_view or (128, 128) in (block, transposed_block):
         return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
-    return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, after)
+    amax = None
+    if {block, transposed_block} <= {TENSOR, None} and ops.has_kernels(x) and _is_traced():
+        # The compiler finds amaxes of rows where it computes x, instead of reading it once more.
+        amax = numerics.amax(numerics.amax(x, ROW), TENSOR).float()
+    return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, amax, after)
+
+
+def _is_traced() -> bool:
+    # torch 2.11 takes `torch.compiler.is_compiling()` for false where autograd is traced.
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def quantize(

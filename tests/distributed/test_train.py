@@ -21,8 +21,8 @@ from fp8dist.train.documents import find_documents
 from fp8dist.train.loop import Trainer
 from fp8dist.train.model import ModelShape
 from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.environment import cpu_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=256)
 FLOAT8 = "--model.converters=quantize.linear.float8"
 STEPS = 6
@@ -248,15 +248,9 @@ def launch(folder: Path, text: Path, *more: str, ranks: int = 2) -> subprocess.P
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # debugmodel: the tiny flavor is known to these tests only.
     argv = arguments(folder, text, "--model.flavor=debugmodel", *more)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.Popen(
         [*torchrun, "--nproc-per-node", str(ranks), "-m", "fp8dist.train", *argv],
-        env=environment,
+        env=cpu_environment(TORCH_CPP_LOG_LEVEL="ERROR"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

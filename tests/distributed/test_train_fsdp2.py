@@ -1,12 +1,11 @@
 """The short script a reader starts from: it stays short, and it trains."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environment import ROOT, cpu_environment
+
 SCRIPT = ROOT / "scripts" / "train_fsdp2.py"
 
 
@@ -16,11 +15,9 @@ def test_is_under_60_lines() -> None:
 
 def test_loss_falls_on_two_ranks() -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    # No GPU: two ranks need two, and the CPU is what every machine has.
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [*launch, "--nproc-per-node", "2", str(SCRIPT)],
-        env=env,
+        env=cpu_environment(),
         capture_output=True,
         text=True,
         timeout=200,

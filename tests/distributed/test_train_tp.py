@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ from fp8dist.train.model import TransformerBlock
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.test_train import (
     FLOAT8,
-    ROOT,
     STEPS,
     TINY,
     arguments,
@@ -26,6 +24,7 @@ from tests.distributed.test_train import (
     train,
     write_text,
 )
+from tests.environment import ROOT, cpu_environment
 
 SCRIPT = ROOT / "scripts" / "train_tp_fsdp2.py"
 SECTION = "--quantize.linear.float8"
@@ -165,10 +164,9 @@ def test_what_does_not_divide_is_refused_on_every_rank(
 def test_script_is_short_and_learns() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 60
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [*launch, "--nproc-per-node", "4", str(SCRIPT)],
-        env=env,
+        env=cpu_environment(),
         capture_output=True,
         text=True,
         timeout=200,
