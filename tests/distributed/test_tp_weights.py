@@ -406,7 +406,7 @@ def refused(use: str) -> tuple[str, list[Any]]:
     mesh = mesh_of(2, 2)
     model = Layers({"good": nn.Linear(64, 64), "bad": nn.Linear(64, 48)}).to(DEVICE)
     fp8dist.convert_to_float8_training(model, config="rowwise")
-    parallelize_module(model, mesh["tp"], {name: ColwiseParallel() for name in model})
+    parallelize_module(model, mesh["tp"], {name: ColwiseParallel() for name, _ in model.items()})
     if use != "local_float8":
         fully_shard(model, mesh=mesh["dp"])
     with collectives() as issued, pytest.raises(ValueError) as error:
