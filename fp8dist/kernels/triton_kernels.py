@@ -213,7 +213,10 @@ def quantize_kernel(
     x = x.to(tl.float32)
     if X_INVERSE == "row":
         x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
-    if X_INVERSE == "own":
+    if X_INVERSE == "own" and X_BLOCK == BN:
+        offsets = rows * inverse_stride + pid_n * inverse_block_stride
+        x = x * tl.load(x_inverse_ptr + offsets, mask=row_mask, other=1.0)[:, None]
+    elif X_INVERSE == "own":
         blocks = pid_n * (BN // X_BLOCK) + tl.arange(0, BN // X_BLOCK)
         x_inverse = tl.load(
             x_inverse_ptr + rows[:, None] * inverse_stride + blocks[None, :] * inverse_block_stride,

@@ -145,8 +145,11 @@ def test_every_step_is_that_of_torchao(
     # bits (2^-24) of float32. The other recipes multiply operands that lie otherwise in memory, so
     # that sums of some 100 products differ in the last bits, and on their way back such a
     # difference may round an element of float8 to its neighbour: 1/16 of one of the 100 products.
-    # So do tensorwise operands on a GPU, whose matmul goes by how they lie.
-    tolerance = 2e-6 if recipe == "tensorwise" and DEVICE == "cpu" else 1e-3
+    # So may one of tensorwise operands on a GPU, whose matmul goes by how they lie; the gradients
+    # among them are e5m2, 1/4 apart.
+    tolerance = 1e-3
+    if recipe == "tensorwise":
+        tolerance = 2e-6 if DEVICE == "cpu" else 1e-2
     for rank, found in enumerate(run_on_ranks(world, step_by_step, recipe, mesh, weights, clip)):
         for (loss, gradients), (_, their_losses, their_gradients) in zip(
             found, expected, strict=True

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fp8dist.train.model import TransformerBlock
-from tests.distributed.harness import run_on_ranks
+from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_train import (
     FLOAT8,
     STEPS,
@@ -46,10 +46,17 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], first: int = 0)
     that step: a gradient that misses a rank's part moves their norm by 1e-2. What follows is Adam
     on numbers of which float8 rounds some to their other neighbour, 1/16 away: FSDP alone, on 2
     ranks or 1, has 2e-4 after 6 steps of the debug model.
+
+    A Hopper GPU adds up products of float8 with 14 bits only, part by part: 1e-4, of which rounding
+    to float8 makes 1/16 here and there.
     """
-    assert found["losses"][first] == pytest.approx(expected["losses"][first], rel=1e-6)
-    assert found["grad_norms"][first] == pytest.approx(expected["grad_norms"][first], rel=1e-4)
-    tolerance = 2e-3 if found["config"]["model"]["converters"] else 1e-4
+    float8 = bool(found["config"]["model"]["converters"])
+    of_loss, of_norm = (5e-4, 5e-3) if float8 and DEVICE == "cuda" else (1e-6, 1e-4)
+    assert found["losses"][first] == pytest.approx(expected["losses"][first], rel=of_loss)
+    assert found["grad_norms"][first] == pytest.approx(expected["grad_norms"][first], rel=of_norm)
+    tolerance = 1e-4
+    if float8:
+        tolerance = 2e-3 if DEVICE == "cpu" else 5e-3
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
 
 
@@ -131,7 +138,8 @@ def test_checkpoints_fit_with_and_without(
     assert resumed["losses"][:3] == whole["losses"][:3]
     assert_same(resumed, whole, first=3)
     # The step after that is the first to show what became of the optimizer's state.
-    assert resumed["losses"][4] == pytest.approx(whole["losses"][4], rel=1e-4)
+    of_rounding = 1e-4 if DEVICE == "cpu" else 1e-3  # see assert_same
+    assert resumed["losses"][4] == pytest.approx(whole["losses"][4], rel=of_rounding)
 
 
 def test_compare(tmp_path: Path, text: Path) -> None:
