@@ -9,10 +9,12 @@ Variants, the first of which is what the others are compared to:
     fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
                                 all three matmuls
 
-A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory
-and the last loss. A variant is timed only if its first loss is that of the first variant, to 1 %,
-and falls. The output layer is never converted. With more ranks than GPUs NCCL takes each rank for a
-host of its own and talks over loopback sockets, so bytes weigh as on a slow network:
+A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory, the
+last loss, and what the first step took, compilation included. (The first variant's has the device's
+start-up too; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is timed only
+if its first loss is that of the first variant, to 1 %, and falls. The output layer is never
+converted. With more ranks than GPUs NCCL takes each rank for a host of its own and talks over
+loopback sockets, so bytes weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
         --layers 4 --dim 2048 --ffn 7168 --seq 2048 --vocab 2048
@@ -106,12 +108,13 @@ class Row:
     ratio: float
     peak_gib: float | None
     loss: float
+    first_step_seconds: float
 
     def __str__(self) -> str:
         peak = "   n/a" if self.peak_gib is None else f"{self.peak_gib:6.2f}"
         return (
             f"{self.variant:28s} {self.tokens_per_second:9.0f} tok/s/rank  x{self.ratio:.3f}  "
-            f"peak {peak} GiB  loss {self.loss:.4f}"
+            f"peak {peak} GiB  loss {self.loss:.4f}  first step {self.first_step_seconds:.1f} s"
         )
 
 
@@ -206,7 +209,8 @@ def measure(
     """Check and time a variant. `first`: the one that it is compared to."""
     torch._dynamo.reset()
     training = Training(variant, args, mesh)
-    warm_up = torch.stack([training.step() for _ in range(WARM_UP_STEPS)])
+    first_step, loss = training.timed_step()
+    warm_up = torch.stack([loss, *(training.step() for _ in range(WARM_UP_STEPS - 1))])
     check_losses(warm_up, warm_up if first is None else first.warm_up)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -214,7 +218,7 @@ def measure(
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     rate = args.microbatches * args.batch * args.seq / statistics.median(seconds)
     baseline = rate if first is None else first.row.tokens_per_second
-    row = Row(variant.name, rate, rate / baseline, peak, losses[-1].item())
+    row = Row(variant.name, rate, rate / baseline, peak, losses[-1].item(), first_step)
     return Measured(row, kernel_report(training) if args.profile else "", warm_up)
 
 
