@@ -1,0 +1,95 @@
+"""The same training as `composition.run` in one process, with neither FSDP2 nor tensor parallelism."""
+
+import copy
+
+import torch
+
+import fp8dist
+from tests.distributed.composition import (
+    MAX_NORM,
+    Step,
+    batch_for,
+    calls_layer,
+    converted,
+    microbatches,
+    optimizers_of,
+    take_step,
+    tensor_parallel,
+    world_of,
+)
+from tests.distributed.harness import DEVICE
+from tests.distributed.pairwise import Case
+from tests.distributed.toy import full, loss_of
+
+
+class Reference:
+    """The case's model and optimizer in one process, with neither FSDP2 nor tensor parallelism.
+
+    Each step starts from the weights that the ranks had: left to themselves, two trainings that
+    round one gradient differently drift apart as far as float8 drifts from high precision.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.ranks = world_of(case) // tensor_parallel(case)
+        self.model = converted(case, DEVICE)
+        self.stepped = copy.deepcopy(dict(self.model.named_parameters()))
+        self.optimizers = optimizers_of(self.stepped, case)
+        if "shards" in case["dtype"]:
+            # FSDP2 gathers these in bfloat16; float8 weights are cast from float32.
+            for module in self.model.modules():
+                if isinstance(module, fp8dist.Float8Linear):
+                    if module.bias is not None:
+                        module.bias.data = module.bias.data.bfloat16()
+                elif not list(module.children()):
+                    module.to(torch.bfloat16)
+
+    def set_weights(self, values: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                param.copy_(values[name].to(param.device))
+
+    def losses_and_gradients(
+        self, number: int, values: dict[str, torch.Tensor]
+    ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+        """Losses by rank and microbatch; gradients averaged over ranks, in float32."""
+        self.set_weights(values)
+        self.model.second.calls_layer = calls_layer(self.case, number)
+        losses: list[list[float]] = []
+        sums: dict[str, torch.Tensor] = {}
+        for rank in range(self.ranks):
+            losses.append([])
+            for microbatch in range(microbatches(self.case)):
+                loss = loss_of(self.model, batch_for(number, microbatch, rank, self.ranks))
+                loss.backward()
+                losses[-1].append(loss.item())
+                for name, param in self.model.named_parameters():
+                    if param.grad is not None:
+                        grad = param.grad.float().cpu()
+                        sums[name] = sums[name] + grad if name in sums else grad
+                        param.grad = None
+        gradients = {name: grad / self.ranks for name, grad in sums.items()}
+        if self.case["clipping"] == "by norm":
+            total = torch.stack([grad.norm() for grad in gradients.values()]).norm()
+            factor = (MAX_NORM / (total + 1e-6)).clamp(max=1.0)
+            gradients = {name: grad * factor for name, grad in gradients.items()}
+        return losses, gradients
+
+    def evaluation(self, number: int, values: dict[str, torch.Tensor]) -> list[float]:
+        """Losses by rank."""
+        self.set_weights(values)
+        with torch.no_grad():
+            return [
+                loss_of(self.model, batch_for(number, 9, rank, self.ranks)).item()
+                for rank in range(self.ranks)
+            ]
+
+    def weights_after(self, step: Step) -> dict[str, torch.Tensor]:
+        """What the optimizer makes of the ranks' weights with the ranks' gradients."""
+        with torch.no_grad():
+            for name, param in self.stepped.items():
+                param.copy_(step.before[name].to(param.device))
+                grad = step.gradients.get(name)
+                param.grad = None if grad is None else grad.to(param.device)
+        take_step(self.optimizers, self.case, compiled=False)
+        return {name: full(param) for name, param in self.stepped.items()}
