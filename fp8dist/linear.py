@@ -12,7 +12,7 @@ from fp8dist import kernels
 from fp8dist.config import HP_DTYPES, RECIPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
-from fp8dist.tensors.float8_activation import Float8Activation
+from fp8dist.tensors.float8_activation import ByRank, Float8Activation, in_order
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
 from fp8dist.tensors.weight_part import cast_part
@@ -222,12 +222,15 @@ def autocast(input: torch.Tensor) -> torch.Tensor:
 
 def _matmul(input: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
     """input (..., K) @ weight^T: (..., N)."""
-    flat = input.reshape(-1, input.size(-1))
+    by_rank = isinstance(input, Float8Activation) and input._by_rank
+    flat = ByRank.apply(input) if by_rank else input.reshape(-1, input.size(-1))
     if _autocast_dtype(input) is None:
         output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
     else:  # the input is of it already; nothing is to be cast inside
         with torch.autocast(input.device.type, enabled=False):
             output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+    if isinstance(input, Float8Activation) and input._by_rank:
+        return in_order(output, input.shape[:-1], input._cut)
     if input.dim() != 2:
         # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
         output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.size(-1)))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
-from fp8dist import hardware, numerics
+from fp8dist import async_tp, hardware, numerics
 from fp8dist.config import ROW, TENSOR, Recipe
 from fp8dist.numerics import Scaled
 
@@ -42,18 +42,31 @@ def scaled_matmul(
         rows = b.data.size(0)
         inverse = None if b.inverse is None else b.inverse.expand(rows, 1)
         b = Scaled(b.data, b.scale.expand(rows, 1), ROW, inverse)
+    a_scale, b_scale = _hardware_scale(a), _hardware_scale(b)
+    b_scale = b_scale.t() if b.block == ROW else b_scale
+    hardware_dtype = output_dtype if tensorwise else torch.bfloat16
+    if async_tp.is_on() and a.block in (TENSOR, ROW):  # the op that the compiler looks for
+        output = torch._scaled_mm(
+            a_data,
+            b_data.t(),
+            a_scale,
+            b_scale,
+            out_dtype=hardware_dtype,
+            use_fast_accum=fast_accum,
+        )
+        return output.to(output_dtype)
     a_type, b_type = _SCALING_TYPES[a.block], _SCALING_TYPES[b.block]
     swizzle = SwizzleType.SWIZZLE_32_4_4 if recipe.scale_format == "e8m0" else None
     output = F.scaled_mm(
         a_data,
         b_data.t(),
-        _hardware_scale(a),
+        a_scale,
         a_type,
-        _hardware_scale(b).t() if b.block == ROW else _hardware_scale(b),
+        b_scale,
         b_type,
         swizzle_a=swizzle,
         swizzle_b=swizzle,
-        output_dtype=output_dtype if tensorwise else torch.bfloat16,
+        output_dtype=hardware_dtype,
         use_fast_accum=fast_accum,
     )
     return output.to(output_dtype)

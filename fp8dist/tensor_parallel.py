@@ -16,13 +16,14 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
+from fp8dist import async_tp
 from fp8dist.config import RECIPES, TENSOR, Recipe
 from fp8dist.linear import Float8Linear, autocast
 from fp8dist.tensors.float8_activation import (
     Cut,
     Float8Activation,
     cast_activation,
-    gather_tokens,
+    gather_activation,
 )
 from fp8dist.tensors.placement import check_part
 
@@ -37,6 +38,10 @@ from fp8dist.tensors.placement import check_part
 # input is gathered in float8 for output, and again in high precision in backward, from the part
 # that its rank has kept; or, with `gather_input_again=False`, taken from float8. The gradient is
 # gathered once, in high precision, and cast after that, to the same: its scales are of rows.
+# [Note: asynchronous tensor parallelism]
+# The compiler overlaps an all-gather with the matmuls that take what it gathers, a part at a time.
+# It does so for inputs here, see `async_tp` and [Note: tokens by rank] in
+# `tensors.float8_activation`, and not for gradients.
 #
 # One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
 # one device, what is cut along its features, and not gathered, is cast with it too.
@@ -69,31 +74,28 @@ class _CastInput(torch.autograd.Function):
 class _GatherInput(torch.autograd.Function):
     """Cast and gather the tokens of all ranks; the gradient goes the way back, from what it is.
 
-    This rank's part is kept for grad_weight; see [Note: high-precision grad_weight].
+    This rank's part is kept to be gathered `again`; see [Note: high-precision grad_weight].
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: DTensor, recipe_name: str, cut: Cut
+        ctx: Any, input: DTensor, recipe_name: str, cut: Cut, again: bool
     ) -> DTensor:
         ctx.mesh, ctx.placements = input.device_mesh, input.placements
         local, recipe = input._local_tensor, RECIPES[recipe_name]
         cast = cast_activation(
             local, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
         )
-        all_tokens: Any = gather_tokens(cast, cut)
-        out = Float8Activation(
-            all_tokens._data, all_tokens._scale, cast._block, cast.dtype, local.detach(), cut
-        )
-        if not torch.compiler.is_compiling() and not local.is_inference():
+        out = gather_activation(cast, cut, local.detach() if again else None)
+        if again and not async_tp.is_tracing() and not local.is_inference():
             out._again.version = local._version
         return DTensor.from_local(out, ctx.mesh, (Replicate(),), run_check=False)
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: DTensor
-    ) -> tuple[DTensor, None, None]:
-        return grad_output.redistribute(placements=ctx.placements), None, None
+    ) -> tuple[DTensor, None, None, None]:
+        return grad_output.redistribute(placements=ctx.placements), None, None, None
 
 
 @torch._dynamo.allow_in_graph
@@ -152,17 +154,22 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     return _like(input, cast)
 
 
-def _gather_input(input: DTensor, recipe: Recipe) -> DTensor:
-    """All tokens, of this rank; see [Note: high-precision grad_weight]."""
+def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
+    """All tokens, of this rank's; `again`, see [Note: high-precision grad_weight]."""
     mesh, (placement,) = input.device_mesh, input.placements
     dim = getattr(placement, "dim", 0) % input.dim()
-    if input.size(dim) % mesh.size():
+    uneven = input.size(dim) % mesh.size() != 0
+    if recipe.input_for_grad_weight is not None or not again:
+        again = False
+        if uneven or isinstance(input._local_tensor, Float8Activation):
+            return _cast_input(input, recipe).redistribute(placements=(Replicate(),))
+    if uneven:
         raise ValueError(
             f"dimension {dim} of an input of {tuple(input.shape)} is cut into {mesh.size()} parts "
             f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
         )
     cut = Cut(dim, mesh.size(), mesh.get_group().group_name)
-    return _GatherInput.apply(input, recipe.name, cut)
+    return _GatherInput.apply(input, recipe.name, cut, again)
 
 
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
@@ -237,9 +244,7 @@ class Float8ColwiseParallel(ColwiseParallel):
         recipe = mod.config.recipe
         _check_cast(mod, input)
         if _on_tokens(input.placements, input):
-            if recipe.input_for_grad_weight is None and mod.gather_input_again:
-                return _gather_input(input, recipe)
-            input = _cast_input(input, recipe)
+            return _gather_input(input, recipe, mod.gather_input_again)
         if input.placements != desired_input_layouts:
             input = input.redistribute(placements=desired_input_layouts)
         return input
@@ -357,11 +362,8 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         prepared = _as_dtensor(input, mesh, (input_layout,))
         if desired_layout is not None and prepared.placements != (desired_layout,):
             if _on_tokens(prepared.placements, prepared) and desired_layout == Replicate():
-                if self.recipe.input_for_grad_weight is None and self.gather_input_again:
-                    prepared = _gather_input(prepared, self.recipe)
-                else:
-                    prepared = _cast_input(prepared, self.recipe)
-            if prepared.placements != (desired_layout,):
+                prepared = _gather_input(prepared, self.recipe, self.gather_input_again)
+            else:
                 prepared = prepared.redistribute(placements=(desired_layout,))
         return prepared.to_local() if self.use_local_output else prepared
 

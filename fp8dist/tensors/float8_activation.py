@@ -1,13 +1,14 @@
 """`Float8Activation`: float8 data and scales that stand for a high-precision activation."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch.utils import _pytree as pytree
 
-from fp8dist import kernels, numerics
-from fp8dist.config import TENSOR, Block, ScaleFormat
+from fp8dist import async_tp, kernels, numerics
+from fp8dist.config import ROW, TENSOR, Block, ScaleFormat
 from fp8dist.numerics import Scaled
 
 aten = torch.ops.aten
@@ -20,6 +21,13 @@ if hasattr(_c10d, "_wrap_tensor_autograd"):
     _WAIT_OPS.add(_c10d._wrap_tensor_autograd.default)
 _VIEW_OPS = {aten.view.default, aten._unsafe_view.default}
 _SPLIT_OPS = {aten.split.Tensor, aten.split_with_sizes.default}
+
+# [Note: tokens by rank]
+# An all-gather leaves the tokens of one rank after those of another, which is the order of a batch
+# only if its first dimension (or of a batch of one the second) is cut. Asynchronous tensor
+# parallelism takes an all-gather of float8 tensors of which nothing but matmuls use the result. So
+# for it data and scales are kept as (tokens, ...) in the order in which they arrive, are multiplied
+# so, and the output is put in order.
 
 
 class Cut(NamedTuple):
@@ -50,6 +58,10 @@ class Again:
         return gathered
 
 
+# Block, dtype, cut, by rank
+_Meta = tuple[Block, torch.dtype, Cut | None, bool]
+
+
 class Float8Activation(torch.Tensor):
     """An activation, or the gradient of one, in float8; behaves as one of `dtype`.
 
@@ -64,6 +76,7 @@ class Float8Activation(torch.Tensor):
         dtype: the high-precision dtype it stands for, which its gradients have.
         part: this rank's part of what was gathered, high precision, to be gathered again.
         cut: how it was cut.
+        size: of the whole, if data and scale are 2-D; see [Note: tokens by rank].
     """
 
     _data: torch.Tensor
@@ -71,6 +84,7 @@ class Float8Activation(torch.Tensor):
     _block: Block
     _part: torch.Tensor | None
     _cut: Cut | None
+    _by_rank: bool
     _again: Again
 
     @staticmethod
@@ -82,16 +96,23 @@ class Float8Activation(torch.Tensor):
         dtype: torch.dtype,
         part: torch.Tensor | None = None,
         cut: Cut | None = None,
+        size: Sequence[int] | None = None,
     ) -> "Float8Activation":
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, data.size(), strides=data.stride(), dtype=dtype, device=data.device
-        )
+        if size is None:
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, data.size(), strides=data.stride(), dtype=dtype, device=data.device
+            )
+        else:
+            self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=data.device)
         self._data, self._scale, self._block = data, scale, block
         self._part, self._cut, self._again = part, cut, Again()
+        self._by_rank = size is not None
         return self
 
     def scaled(self) -> Scaled:
         """Data as (tokens, K), and its float32 scales."""
+        if self._by_rank:
+            return self._in_order().scaled()
         scale = self._scale
         if scale.dtype == torch.uint8:
             scale = numerics.exponent_to_scale(scale)
@@ -114,12 +135,38 @@ class Float8Activation(torch.Tensor):
             return self.dequantize()
         return self._again.take(self._part, self._cut).reshape(self.shape)
 
+    def by_rank(self) -> "Float8Activation":
+        """(tokens, K), as they arrived; see [Note: tokens by rank]."""
+        cut, part = self._cut, self._part
+        if cut is None:
+            raise AssertionError("tokens that did not arrive from other ranks")
+        part = None if part is None else part.reshape(-1, part.size(-1))
+        out = Float8Activation(
+            self._data, self._scale, self._block, self.dtype, part, cut._replace(dim=0)
+        )
+        out._again = self._again
+        return out
+
+    def _in_order(self) -> "Float8Activation":
+        if not self._by_rank:
+            return self
+        data = in_order(self._data.view(torch.uint8), self.shape[:-1], self._cut)
+        scale = self._scale
+        if self._block != TENSOR:
+            scale = in_order(scale, self.shape[:-1], self._cut)
+        out = Float8Activation(
+            data.view(self._data.dtype), scale, self._block, self.dtype, self._part, self._cut
+        )
+        out._again = self._again
+        return out
+
     def _with(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
         return Float8Activation(data, scale, self._block, self.dtype)
 
     def _as_is(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
         """All tokens, in their order."""
-        out = Float8Activation(data, scale, self._block, self.dtype, self._part, self._cut)
+        size = self.size() if self._by_rank else None
+        out = Float8Activation(data, scale, self._block, self.dtype, self._part, self._cut, size)
         out._again = self._again
         return out
 
@@ -136,11 +183,16 @@ class Float8Activation(torch.Tensor):
         if func._can_decompose() and torch.is_inference_mode_enabled():
             return func.decompose(*args, **kwargs)
         if isinstance(source, cls):
-            out = source._on_tokens(func, args[1:], kwargs)
+            if source._by_rank:
+                if func in _BOTH_OPS:
+                    return source._as_is(func(source._data), func(source._scale))
+                if func in _VIEW_OPS and tuple(args[1]) == tuple(source.shape):  # DTensor's
+                    return source._as_is(*map(aten.alias, (source._data, source._scale)))
+            out = source._in_order()._on_tokens(func, args[1:], kwargs)
             if out is not None:
                 return out
         if func is aten.cat.default and source and all(isinstance(x, cls) for x in source):
-            dim = args[1] if len(args) > 1 else 0
+            source, dim = [x._in_order() for x in source], args[1] if len(args) > 1 else 0
             one_scale = all(x._scale is source[0]._scale for x in source)
             if dim % source[0].dim() != source[0].dim() - 1 and (
                 one_scale or all(x._block == source[0]._block != TENSOR for x in source)
@@ -156,7 +208,9 @@ class Float8Activation(torch.Tensor):
         data, scale, last = self._data, self._scale, self.dim() - 1
         one_scale = self._block == TENSOR
         if func in _BOTH_OPS:
-            return self._as_is(func(data, *args), func(scale, *args))
+            return self._as_is(func(data, *args, **kwargs), func(scale, *args, **kwargs))
+        if func is aten.permute.default and args[0][-1] % self.dim() == last:
+            return self._with(func(data, *args), scale if one_scale else func(scale, *args))
         if func in _WAIT_OPS:
             return self._as_is(*(_c10d.wait_tensor.default(part) for part in (data, scale)))
         if func in _VIEW_OPS:
@@ -164,7 +218,7 @@ class Float8Activation(torch.Tensor):
             if viewed.size(-1) != data.size(-1):
                 return None
             size = (*viewed.shape[:-1], scale.size(-1))
-            return self._as_is(viewed, scale if one_scale else scale.view(size))
+            return self._as_is(viewed, scale if one_scale else func(scale, size))
         if func is _c10d.all_gather_into_tensor.default:
             gathered = func(data.view(torch.uint8), *args).view(data.dtype)
             return self._with(gathered, scale if one_scale else func(scale, *args))
@@ -181,20 +235,21 @@ class Float8Activation(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Block, torch.dtype, Cut | None]]:
+    def __tensor_flatten__(self) -> tuple[list[str], "_Meta"]:
         names = ["_data", "_scale"] if self._part is None else ["_data", "_scale", "_part"]
-        return names, (self._block, self.dtype, self._cut)
+        return names, (self._block, self.dtype, self._cut, self._by_rank)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor],
-        meta: tuple[Block, torch.dtype, Cut | None],
+        meta: "_Meta",
         outer_size: torch.Size,
         outer_stride: Any,
     ) -> "Float8Activation":
-        block, dtype, cut = meta
+        block, dtype, cut, by_rank = meta
+        size = outer_size if by_rank else None
         return Float8Activation(
-            inner["_data"], inner["_scale"], block, dtype, inner.get("_part"), cut
+            inner["_data"], inner["_scale"], block, dtype, inner.get("_part"), cut, size
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -209,6 +264,52 @@ def gather_tokens(part: torch.Tensor, cut: Cut) -> torch.Tensor:
     if cut.dim == 0:
         return gathered
     return torch.cat(torch.chunk(gathered, cut.ranks, dim=0), dim=cut.dim)
+
+
+def in_order(x: torch.Tensor, tokens: Sequence[int], cut: Cut | None) -> torch.Tensor:
+    """(tokens, ...) as they arrived, in the order of the batch: (*tokens, ...).
+
+    See [Note: tokens by rank].
+    """
+    if cut is None:
+        raise AssertionError("tokens that did not arrive from other ranks")
+    part = list(tokens)
+    part[cut.dim] //= cut.ranks
+    by_rank = x.reshape(cut.ranks, *part, x.size(-1))
+    return by_rank.movedim(0, cut.dim).reshape(*tokens, x.size(-1))
+
+
+@torch._dynamo.allow_in_graph
+class ByRank(torch.autograd.Function):
+    """An activation's tokens as they arrived, (tokens, K); see [Note: tokens by rank]."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Float8Activation
+    ) -> Float8Activation:
+        ctx.tokens, ctx.cut = input.shape[:-1], input._cut
+        return input.by_rank()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return in_order(grad, ctx.tokens, ctx.cut)
+
+
+def gather_activation(
+    cast: Float8Activation, cut: Cut, part: torch.Tensor | None
+) -> Float8Activation:
+    """All tokens in float8, from this rank's. `part`: what to gather again, if anything."""
+    # With scales of other blocks the compiler overlaps nothing.
+    if cast._block not in (TENSOR, ROW) or not async_tp.is_on_for(cut.group_name):
+        gathered: Any = gather_tokens(cast, cut)
+        return Float8Activation(gathered._data, gathered._scale, cast._block, cast.dtype, part, cut)
+    data, scale = (x.reshape(-1, x.size(-1)) for x in (cast._data, cast._scale))
+    by_rank = cut._replace(dim=0)
+    scale = cast._scale if cast._block == TENSOR else gather_tokens(scale, by_rank)
+    size = list(cast.shape)
+    size[cut.dim] *= cut.ranks
+    data = gather_tokens(data, by_rank)
+    return Float8Activation(data, scale, cast._block, cast.dtype, part, cut, size)
 
 
 def cast_activation(

@@ -1,22 +1,18 @@
 """A Llama block cut over ranks: numerics of one device, and float8 on the wire."""
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from expecttest import assert_expected_inline
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
@@ -27,94 +23,18 @@ from fp8dist.tensor_parallel import (
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
-from tests.distributed.harness import run_on_ranks
-from tests.distributed.wire import Collective, collectives
-
-DIM, BATCH, TOKENS = 512, 2, 64
-RECIPES = [
-    "tensorwise",
-    "rowwise",
-    "rowwise_with_gw_hp",
-    "blockwise",
-    "mxfp8_rceil",
-    "mxfp8_rceil_wgrad_with_hp",
-]
-
-
-class Attention(nn.Module):
-    """The linear layers of one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wq, self.wo = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
-        self.wk = nn.Linear(DIM, DIM, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.wo(self.wq(x) * torch.tanh(self.wk(x)))
-
-
-class FeedForward(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w1, self.w3 = (nn.Linear(DIM, 2 * DIM, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(2 * DIM, DIM, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(DIM), nn.RMSNorm(DIM)
-        self.attention, self.feed_forward = Attention(), FeedForward()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
-def plan(again: bool = True) -> dict[str, Any]:
-    """Sequence parallel between the linear layers."""
-    gathered = functools.partial(
-        PrepareFloat8ModuleInput,
-        input_layouts=(Shard(1),),
-        desired_input_layouts=(Replicate(),),
-        gather_input_again=again,
-    )
-    columns, rows = Float8ColwiseParallel, Float8RowwiseParallel
-    return {
-        "attention_norm": SequenceParallel(use_local_output=True),
-        "ffn_norm": SequenceParallel(use_local_output=True),
-        "attention": gathered(),
-        "attention.wq": columns(),
-        "attention.wk": columns(),
-        "attention.wo": rows(output_layouts=Shard(1)),
-        "feed_forward": gathered(),
-        "feed_forward.w1": columns(),
-        "feed_forward.w3": columns(),
-        "feed_forward.w2": rows(output_layouts=Shard(1)),
-    }
-
-
-def block_of(recipe: str, **config: Any) -> Block:
-    torch.manual_seed(0)
-    return fp8dist.convert_to_float8_training(Block(), config=Float8Config(recipe, **config))
-
-
-def batch(seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(BATCH, TOKENS, DIM, generator=generator)
-
-
-def part(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's tokens."""
-    count = TOKENS // mesh.size()
-    return x.narrow(1, mesh.get_local_rank() * count, count).contiguous()
-
-
-def whole(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    return DTensor.from_local(x, mesh, (Shard(1),), run_check=False).full_tensor()
+from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.distributed.tp_block import (
+    DIM,
+    RECIPES,
+    batch,
+    block_of,
+    part,
+    plan,
+    sqnr,
+    tp_mesh,
+    whole,
+)
 
 
 def results(
@@ -122,7 +42,7 @@ def results(
 ) -> list[tuple[str, float]]:
     """SQNR in dB of output and gradients of the block cut over all ranks, against it on one."""
     world = torch.distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (dp, world // dp), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(DEVICE, (dp, world // dp), mesh_dim_names=("dp", "tp"))
     tp = mesh["tp"]
     block = block_of(recipe, **config)
     alone = copy.deepcopy(block)
@@ -150,11 +70,6 @@ def results(
         got = got.full_tensor() if isinstance(got, DTensor) else got
         pairs.append((name, got, other.grad))
     return [(name, sqnr(got, want)) for name, got, want in pairs]
-
-
-def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (found.double() - expected.double()).square().sum()
-    return (10 * torch.log10(expected.double().square().sum() / error)).item()
 
 
 MODES: dict[str, tuple[int, int, bool, dict[str, Any]]] = {
@@ -191,7 +106,7 @@ def test_is_what_one_device_computes(recipe: str, mode: str) -> None:
 
 def two_compiled_recipes() -> None:
     """Without a reset of the compiler in between, as in a model that mixes them."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     torch._dynamo.reset()
     for recipe in RECIPES:
         block = parallelize_module(block_of(recipe), mesh, plan())
@@ -205,162 +120,8 @@ def test_several_recipes_compile_in_one_process() -> None:
     run_on_ranks(2, two_compiled_recipes)
 
 
-def traffic(recipe: str, again: bool) -> tuple[list[Collective], list[Collective]]:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    block = parallelize_module(block_of(recipe), mesh, plan(again))
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(block)
-    mine = part(batch(1), mesh).requires_grad_()
-    with collectives() as forward:
-        output = block(mine)
-    with collectives() as backward:
-        output.backward(part(batch(2), mesh))
-    return forward, backward
-
-
-def text(recipe: str, again: bool = True) -> str:
-    (forward, backward), *others = run_on_ranks(2, traffic, recipe, again)
-    assert all(other == (forward, backward) for other in others)
-    lines = ["forward", *(f"  {issued}" for issued in forward)]
-    return "\n".join([*lines, "backward", *(f"  {issued}" for issued in backward)])
-
-
-# A rank has 2 * 32 tokens of 512 numbers: 32768 elements.
-
-
-def test_rowwise_collectives() -> None:
-    assert_expected_inline(
-        text("rowwise"),
-        """\
-forward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
-def test_blockwise_collectives() -> None:
-    assert_expected_inline(
-        text("blockwise"),
-        """\
-forward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[256] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[256] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[256] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[256] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
-def test_mxfp8_collectives() -> None:
-    assert_expected_inline(
-        text("mxfp8_rceil"),
-        """\
-forward
-  all_gather uint8[32768] over 2 ranks
-  all_gather uint8[1024] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather uint8[1024] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_gather uint8[32768] over 2 ranks
-  all_gather uint8[1024] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather uint8[1024] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
-def test_tensorwise_collectives() -> None:
-    assert_expected_inline(
-        text("tensorwise"),
-        """\
-forward
-  all_reduce MAX int32[1] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_reduce MAX int32[1] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
-def test_rowwise_with_gw_hp_collectives() -> None:
-    """In backward the input crosses once more, in high precision (float32 here), as does the
-    gradient."""
-    assert_expected_inline(
-        text("rowwise_with_gw_hp"),
-        """\
-forward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_gather float32[32768] over 2 ranks
-  all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather float32[32768] over 2 ranks
-  all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
-def test_rowwise_with_gw_hp_collectives_from_the_float8_copy() -> None:
-    assert_expected_inline(
-        text("rowwise_with_gw_hp", again=False),
-        """\
-forward
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather uint8[32768] over 2 ranks
-  all_gather float32[64] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-backward
-  all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks
-  all_gather float32[32768] over 2 ranks
-  reduce_scatter SUM float32[65536] over 2 ranks""",
-    )
-
-
 def grad_weights(recipe: str, again: bool) -> dict[str, torch.Tensor]:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     block = parallelize_module(block_of(recipe), mesh, plan(again))
     block(part(batch(1), mesh)).backward(part(batch(2), mesh))
     return {name: p.grad.full_tensor() for name, p in block.named_parameters() if p.dim() == 2}
@@ -389,11 +150,13 @@ class Consumer(nn.Module):
 
 def consume(recipe: str) -> float:
     """SQNR of the gradient of the input."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     torch.manual_seed(0)
-    model = nn.Sequential(Consumer())
+    model = nn.Sequential(Consumer()).to(DEVICE)
     fp8dist.convert_to_float8_training(
-        model, config=recipe, module_filter_fn=lambda module, fqn: "plain" not in fqn
+        model,
+        config=Float8Config(recipe, emulate=True),
+        module_filter_fn=lambda module, fqn: "plain" not in fqn,
     )
     alone, input = copy.deepcopy(model), batch(1).requires_grad_()
     alone(input).backward(batch(2))
@@ -422,7 +185,7 @@ def test_a_prepared_input_may_be_used_in_any_way(recipe: str) -> None:
 
 
 def refused(style: type[ParallelStyle]) -> str:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     model = parallelize_module(
         nn.Sequential(block_of("rowwise").attention.wq), mesh, {"0": style()}
     )
@@ -439,7 +202,7 @@ def test_styles_of_torch_are_refused_for_a_float8_layer(style: type[ParallelStyl
 
 
 def one_style_for_several() -> list[float]:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     blocks = [block_of(recipe).attention for recipe in ("rowwise", "tensorwise")]
     alone = copy.deepcopy(blocks)
     style = plan()["attention"]
@@ -460,10 +223,10 @@ def test_one_style_object_planned_for_modules_of_several_recipes() -> None:
 
 def uneven(recipe: str) -> float:
     """SQNR of the output for a DTensor of 33 tokens on 2 ranks."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM))
+    mesh = tp_mesh()
     torch.manual_seed(0)
-    fp8dist.convert_to_float8_training(model, config=recipe)
+    model = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM)).to(DEVICE)
+    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
     alone = copy.deepcopy(model)
     x = batch(1)[:, :33]
     styles = {
@@ -486,13 +249,13 @@ def test_tokens_that_ranks_cannot_share_evenly(recipe: str) -> None:
 
 
 def autocasts() -> tuple[torch.dtype, torch.dtype]:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = tp_mesh()
     attention = block_of("rowwise").attention
     own = {
         name.removeprefix("attention."): s for name, s in plan().items() if "attention.w" in name
     }
     parallelize_module(attention, mesh, own)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         query = attention.wq(batch(1))
     query.float().sum().backward()
     return query.dtype, attention.wq.weight.grad.dtype

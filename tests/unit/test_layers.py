@@ -15,6 +15,7 @@ LAYERS = [
     "numerics",
     "grouped_numerics",
     "hardware",
+    "async_tp",
     "kernels",
     "matmul",
     "grouped_matmul",

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8dist import numerics
 from fp8dist.config import RECIPES, TENSOR
-from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+from fp8dist.tensors.float8_activation import Cut, Float8Activation, cast_activation
 
 B, S, K = 2, 6, 128
 NAMES = ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"]
@@ -58,6 +58,8 @@ ON_TOKENS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "clone": lambda x: x.clone(),
     "flatten tokens": lambda x: x.view(-1, K),
     "reshape": lambda x: x.reshape(B * S, K).reshape(S, B, K),
+    "permute": lambda x: x.permute(1, 0, 2),
+    "permute and reshape": lambda x: x.view(B, 2, S // 2, K).movedim(1, 0).reshape(2, -1, K),
     "first tokens": lambda x: x[:, :2],
     "narrow": lambda x: x.narrow(1, 2, 3),
     "chunk and cat": lambda x: torch.cat(torch.chunk(x, 3, dim=1), dim=0),
@@ -92,6 +94,44 @@ def test_other_ops_see_the_value_and_give_plain_tensors(name: str, op: str, grou
     found, expected = OTHERS[op](x), OTHERS[op](x.dequantize())
     assert type(found) is torch.Tensor
     assert torch.equal(found, expected)
+
+
+def by_rank(x: Float8Activation, group: str) -> Float8Activation:
+    """As it arrives from two ranks which have half of dimension 1 each."""
+    halves = [
+        torch.cat([half.reshape(-1, half.size(-1)) for half in inner.chunk(2, dim=1)])
+        for inner in (x._data.view(torch.uint8), x._scale)
+        if inner.dim() == 3
+    ]
+    data, scale = halves if len(halves) == 2 else (halves[0], x._scale)
+    cut = Cut(1, 2, group)
+    data = data.view(x._data.dtype)
+    return Float8Activation(data, scale, x._block, x.dtype, None, cut, x.shape)
+
+
+@pytest.mark.parametrize("op", [*ON_TOKENS, *OTHERS])
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_put_tokens_in_order_that_are_kept_by_rank(name: str, op: str, group: str) -> None:
+    x = activation(name, group)
+    do = (ON_TOKENS | OTHERS)[op]
+    found, expected = do(by_rank(x, group)), do(x)
+    assert type(found) is type(expected)
+    if isinstance(found, Float8Activation):
+        found, expected = found.dequantize(), expected.dequantize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_stay_by_rank_on_their_way_to_a_matmul(name: str, group: str) -> None:
+    x = by_rank(activation(name, group), group)
+    for same_tokens in (x.detach(), x.view(x.shape), x.view_as(x)):
+        assert same_tokens._by_rank
+        assert same_tokens.by_rank().shape == (B * S, K)
+        assert torch.equal(same_tokens.dequantize(), x.dequantize())
+    names, meta = x.__tensor_flatten__()
+    inner = {name: getattr(x, name) for name in names}
+    again = Float8Activation.__tensor_unflatten__(inner, meta, x.shape, x.stride())
+    assert again._by_rank and torch.equal(again.dequantize(), x.dequantize())
 
 
 def test_two_of_one_scale_each_are_put_together_by_their_values(group: str) -> None:

@@ -1,0 +1,35 @@
+"""Asynchronous tensor parallelism: torch's compiler overlaps an all-gather with matmuls of it.
+
+It is on with `torch._inductor.config._micro_pipeline_tp` and symmetric memory for the group.
+"""
+
+from torch._guards import TracingContext
+
+
+def is_tracing() -> bool:
+    """Whether the compiler is tracing ops, also in a function that it takes as it is.
+
+    There `torch.compiler.is_compiling` is False.
+    """
+    return TracingContext.try_get() is not None
+
+
+def is_on() -> bool:
+    """Whether the graph that is being traced will be searched for all-gathers to overlap.
+
+    To be asked in functions that the compiler takes as they are.
+    """
+    if not is_tracing():
+        return False
+    from torch._inductor import config
+
+    return config._micro_pipeline_tp
+
+
+def is_on_for(group_name: str) -> bool:
+    """Whether all-gathers of this group may be."""
+    if not is_on():
+        return False
+    from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group
+
+    return is_symm_mem_enabled_for_group(group_name)  # type: ignore[arg-type]
