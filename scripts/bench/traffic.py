@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 # How many times what a rank hands over it sends to its neighbour in a ring of n ranks. What an
 # all-gather is handed is a rank's part, what the others are handed is of the size of the whole.
@@ -26,7 +25,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
+        if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # a subclass first makes of it what it sends
         name = func._schema.name.removeprefix("_c10d_functional::")
         if func.namespace == "_c10d_functional" and name in _SENT:

@@ -26,13 +26,15 @@ FUSED = torch.ops.symm_mem.fused_all_gather_scaled_matmul
 
 
 class Graphs:
-    """The matmuls of each graph that the compiler is about to generate code for."""
+    """The matmuls of each graph of forward that the compiler is about to generate code for."""
 
     def __init__(self) -> None:
         self.fused: list[int] = []  # of each fused all-gather, how many matmuls
         self.alone: list[str] = []  # the layers of the others
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
+            return
         for node in graph.nodes:
             if node.target is FUSED.default:
                 self.fused.append(len(node.args[1]))
@@ -145,8 +147,8 @@ def test_overlapped_on_a_gpu(recipe: str) -> None:
     8 bits are 48 dB.
     """
     for code, graphs, db in run_on_ranks(2, overlapped, recipe):
-        calls = re.findall(r"= torch\.ops\.symm_mem\.fused_all_gather_scaled_matmul\.", code[0])
-        assert len(calls) == 2
+        call = r"= torch\.ops\.symm_mem\.fused_all_gather_scaled_matmul\."
+        assert len(re.findall(call, "".join(code))) == 2
         assert not [name for name in graphs.alone if name in COLWISE]
         assert graphs.fused == [2, 2], "wq and wk, w1 and w3"
         assert min(db) > 40
