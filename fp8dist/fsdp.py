@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fp8dist.tensors.placement import join
 from fp8dist.tensors.sharded_weight import check_reshard, is_sharded, weights_of
-from fp8dist.tensors.weight_state import WeightState, cast_payloads, local_shard, update_scales
+from fp8dist.tensors.weight_state import WeightState, cast_payloads, update_scales
 
 Weight = tuple[WeightState, DTensor]
 
@@ -94,13 +94,10 @@ def precompute_float8_dynamic_scale_for_fsdp(
         states = [state for state, _ in weights]
         params = [param for _, param in weights]
         update_scales(states, params, () if group is None else (group,))
-        # Under CPU offload FSDP2 moves the shard to the device at each all-gather, and it is cast
-        # there.
         cached = [
             (state, state.shard_now(param))
             for state, param in weights
             if state.config.cache_payload
-            and local_shard(param).device.type == param.device_mesh.device_type
         ]
         cast_payloads([state for state, _ in cached], [shard for _, shard in cached])
 

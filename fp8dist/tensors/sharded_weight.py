@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.placement import matrix_size
-from fp8dist.tensors.weight_state import Edits, Seen, WeightState, update_scales
+from fp8dist.tensors.weight_state import Edits, Seen, WeightState, local_shard, update_scales
 
 logger = logging.getLogger("fp8dist")
 aten = torch.ops.aten
@@ -110,6 +110,9 @@ class Float8ShardedWeight(torch.Tensor):
 
     _tensor: torch.Tensor
     _edits: Edits
+    # See [Note: offloaded shards] in `weight_state`.
+    _stays_on_host: bool = False
+    _wanted_on: torch.device | None = None
 
     @staticmethod
     def __new__(cls, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
@@ -163,6 +166,18 @@ class Float8ShardedWeight(torch.Tensor):
         """What the module that FSDP2 gathers this for keeps about it, and its parameter."""
         return getattr(module, "weight_state", None), getattr(module, "weight", None)
 
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As any tensor's; FSDP2's own move of an offloaded shard is put off, for the hook to move
+        the payload instead. See [Note: offloaded shards] in `weight_state`.
+        """
+        if self._stays_on_host and kwargs == {"non_blocking": True} and len(args) == 1:
+            device = torch.device(args[0])
+            if device.type != self.device.type:
+                stand_in = self._like(self._tensor, self._edits)
+                stand_in._wanted_on = device
+                return stand_in
+        return super().to(*args, **kwargs)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_tensor"], None
 
@@ -185,8 +200,9 @@ class Float8ShardedWeight(torch.Tensor):
     ) -> tuple[tuple[torch.Tensor], Any]:
         """FSDP2's hook before the all-gather.
 
-        `self` is the shard on the device that communicates: under CPU offload a copy of the
-        parameter's local tensor, which is why edits are looked for on the parameter.
+        `self` is the shard on the device that communicates, or under CPU offload a copy of the
+        parameter's local tensor, or what `to` returns for it, which is why edits are looked for on
+        the parameter.
 
         Returns:
             ((payload,), (scales, outer_size)): see `WeightState`; the metadata stays here.
@@ -209,7 +225,12 @@ class Float8ShardedWeight(torch.Tensor):
                 f"{state.fqn}: FSDP2 gathers {tuple(outer_size)} of a weight placed as "
                 f"{param.placements}"
             )
-        payload = state.current_payload(self._tensor, param)
+        device, local = self._wanted_on or self.device, local_shard(param)
+        if state.config.cache_payload and device.type != local.device.type:
+            local._stays_on_host = True  # from the next gather on
+            payload = state.payload_on(device, param)
+        else:
+            payload = state.current_payload(self._tensor, param)
         if len(outer_size) == 3:
             payload = payload.view(-1, self.size(1), payload.size(1))
         return (payload,), (state.scales, outer_size)

@@ -36,6 +36,13 @@ logger = logging.getLogger("fp8dist")
 # and the versions are compared on the tensors that were seen, whether or not they are still the
 # parameter's.
 
+# [Note: offloaded shards]
+# Under `CPUOffloadPolicy` FSDP2 keeps the shard in host memory and calls `to(device)` on it before
+# each all-gather, then the hook on the result. The payload, of a quarter or half the bytes, is in
+# host memory too, pinned if the shard is, and all that needs to move. So `to` of the parameter's
+# own local tensor, once the hook has marked it, only notes the device, and the hook moves the
+# payload there. A view has no mark: what users get from `to_local()` moves as any tensor does.
+
 
 def local_shard(param: DTensor) -> Any:
     """This rank's `Float8ShardedWeight` of a parameter."""
@@ -128,6 +135,7 @@ class WeightState:
         self.groups: Groups = ()  # who hold the weight together, set with `shard`
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
+        self.moving: torch.Event | None = None  # the payload's last move from host memory
         self.finite: _Finite | None = None
 
     def __reduce__(self) -> Any:
@@ -167,6 +175,15 @@ class WeightState:
             (payload,) = cast_payloads([self], [shard])
             return payload
         return self.payload
+
+    def payload_on(self, device: torch.device, param: DTensor) -> torch.Tensor:
+        """`current_payload` of an offloaded shard, moved to `device`; pinned, asynchronously."""
+        payload = self.current_payload(local_shard(param)._tensor, param)
+        moved = payload.to(device, non_blocking=True)
+        if payload.is_pinned():
+            self.moving = torch.Event(device.type)
+            self.moving.record()
+        return moved
 
     def _report_bad_exponents(self, exponents: torch.Tensor) -> None:
         """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
@@ -230,12 +247,15 @@ def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> 
         size, device = (shard.largest[0], precompute.payload_columns(shard)), shard.data.device
         payload = state.payload
         if payload is None or payload.shape != size or payload.device != device:
-            payload = torch.zeros(size, dtype=torch.uint8, device=device)
+            pinned = shard.data.is_pinned()
+            payload = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+        elif state.moving is not None:
+            state.moving.synchronize()
         payloads.append(payload)
         scale = state.scales[0][-1] if state.scales else None
         if scale is not None and scale.dtype == torch.uint8:
             scale = numerics.exponent_to_scale(scale)
-        scales.append(scale)
+        scales.append(None if scale is None else scale.to(device))
     precompute.cast_payloads(shards, scales, payloads)
     for state, shard, payload in zip(states, shards, payloads, strict=True):
         if shard.packed:

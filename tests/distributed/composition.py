@@ -145,8 +145,8 @@ class Model(nn.Module):
             self.first.layer.w1.requires_grad_(False)
             self.second.layer.mix.requires_grad_(False)
         if kind == "lora":
-            for part in (self.first, self.second):
-                part.layer.mix.requires_grad_(False)
+            self.first.layer.mix.requires_grad_(False)
+            self.second.layer.mix.requires_grad_(False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(tokens))

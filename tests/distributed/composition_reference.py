@@ -1,4 +1,4 @@
-"""The same training as `composition.run` in one process, with neither FSDP2 nor tensor parallelism."""
+"""The training of `composition.run` in one process, with neither FSDP2 nor tensor parallelism."""
 
 import copy
 
