@@ -21,6 +21,8 @@ from fp8dist.train.config_sections import (
     DATASETS,
     FETCHED_DATASETS,
     FLOAT8_CONVERTER,
+    GROUPED_FLOAT8_CONVERTER,
+    GROUPED_MX_CONVERTER,
     MX_CONVERTER,
     ActivationCheckpointSection,
     CheckpointSection,
@@ -28,6 +30,8 @@ from fp8dist.train.config_sections import (
     CompileSection,
     DebugSection,
     Float8LinearSection,
+    GroupedFloat8Section,
+    GroupedMXSection,
     JobSection,
     LRSchedulerSection,
     MetricsSection,
@@ -87,9 +91,23 @@ class JobConfig:
         return self.quantize.linear.mx if MX_CONVERTER in self.model.converters else None
 
     @property
+    def conversion_of_experts(self) -> GroupedFloat8Section | GroupedMXSection | None:
+        """The section that says how experts are converted; None: they are not."""
+        if GROUPED_FLOAT8_CONVERTER in self.model.converters:
+            return self.quantize.grouped_mm.float8
+        mx = GROUPED_MX_CONVERTER in self.model.converters
+        return self.quantize.grouped_mm.mx if mx else None
+
+    @property
     def float8_enabled(self) -> bool:
-        """Whether `model.converters` asks for float8 linear layers, of whatever recipe."""
-        return self.conversion is not None
+        """Whether `model.converters` asks for float8 layers or experts, of whatever recipe."""
+        return self.conversion is not None or self.conversion_of_experts is not None
+
+    @property
+    def precomputes_scales(self) -> bool:
+        """Whether all scales of a step are computed in one all-reduce after the optimizer."""
+        linear = self.conversion is not None and self.conversion.precompute_scales
+        return linear or self.conversion_of_experts is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Every section and key as nested plain dicts, ready for JSON."""
@@ -126,23 +144,24 @@ class JobConfig:
                 )
 
     def _validate_converters(self) -> None:
-        known = (FLOAT8_CONVERTER, MX_CONVERTER)
+        linear = (FLOAT8_CONVERTER, MX_CONVERTER)
+        grouped = (GROUPED_FLOAT8_CONVERTER, GROUPED_MX_CONVERTER)
         for name in self.model.converters:
-            if name.startswith("quantize.grouped_mm."):
-                raise ValueError(
-                    f"model.converters has {name!r}, which is not supported yet; use "
-                    f"{' or '.join(known)}"
-                )
-            if name not in known:
+            if name not in linear + grouped:
                 raise ValueError(
                     f"model.converters has the unknown {name!r}"
-                    f"{did_you_mean(name, known, cutoff=0)}"
+                    f"{did_you_mean(name, linear + grouped, cutoff=0)}"
                 )
-        if set(known) <= set(self.model.converters):
+        if set(linear) <= set(self.model.converters):
             raise ValueError(
-                f"model.converters has both {' and '.join(known)}: a job has one recipe, keep one "
+                f"model.converters has both {' and '.join(linear)}: a job has one recipe, keep one "
                 f"of them. From Python, fp8dist.convert_to_float8_training takes a list of "
                 f"(filter, recipe) for models that mix recipes"
+            )
+        if set(grouped) <= set(self.model.converters):
+            raise ValueError(
+                f"model.converters has both {' and '.join(grouped)}: experts have one recipe, keep "
+                f"one of them"
             )
 
     def _validate_recipes(self) -> None:
@@ -159,6 +178,12 @@ class JobConfig:
                     f"{section}.recipe_name is {name!r}, a recipe of {right}: set "
                     f"{right}.recipe_name, and model.converters to {right}"
                 )
+        name = self.quantize.grouped_mm.mx.recipe_name
+        if name not in ("mxfp8", "mxfp8_rceil"):
+            raise ValueError(
+                f"{GROUPED_MX_CONVERTER}.recipe_name is {name!r}; expected mxfp8 or mxfp8_rceil. "
+                f"{GROUPED_FLOAT8_CONVERTER} scales experts by rows"
+            )
 
     def _validate_float8(self) -> None:
         section, float8 = FLOAT8_CONVERTER, self.quantize.linear.float8

@@ -16,6 +16,12 @@ FLOAT8_CONVERTER = "quantize.linear.float8"
 MX_CONVERTER = "quantize.linear.mx"
 """The name in `model.converters` that turns the MXFP8 recipes on."""
 
+GROUPED_FLOAT8_CONVERTER = "quantize.grouped_mm.float8"
+"""The name in `model.converters` that turns experts into float8 ones, scaled by rows."""
+
+GROUPED_MX_CONVERTER = "quantize.grouped_mm.mx"
+"""The name in `model.converters` that turns experts into MXFP8 ones."""
+
 BUILT_IN_DATASET = "stdlib"
 """Name of the data set that every machine with Python has."""
 
@@ -59,11 +65,12 @@ class ModelSection:
     name: Literal["llama3"] = "llama3"
     """Model architecture."""
     flavor: str = "debugmodel"
-    """Size: debugmodel, 8B or 70B."""
+    """Size: debugmodel, 8B or 70B; or debugmoe, a mixture of experts."""
     hf_assets_path: str | None = None
     """Folder whose tokenizer.json is the tokenizer; none: one token per byte of text."""
     converters: list[str] = field(default_factory=list)
-    """Conversion of the linear layers: quantize.linear.float8, quantize.linear.mx, or nothing."""
+    """Conversions, comma-separated. Of the linear layers: quantize.linear.float8 or
+    quantize.linear.mx. Of experts: quantize.grouped_mm.float8 or quantize.grouped_mm.mx."""
 
 
 @dataclass
@@ -264,10 +271,40 @@ class QuantizeLinearSection:
 
 
 @dataclass
+class GroupedFloat8Section:
+    """Experts in float8, scaled by rows; on when model.converters has
+    quantize.grouped_mm.float8."""
+
+    fqns: list[str] = field(default_factory=lambda: ["experts"])
+    """Experts to convert, comma-separated parts of their names."""
+
+    recipe_name: ClassVar[str] = "rowwise"
+
+
+@dataclass
+class GroupedMXSection:
+    """Experts in MXFP8; on when model.converters has quantize.grouped_mm.mx."""
+
+    recipe_name: str = "mxfp8"
+    """mxfp8, or mxfp8_rceil, the same."""
+    fqns: list[str] = field(default_factory=lambda: ["experts"])
+    """Experts to convert, comma-separated parts of their names."""
+
+
+@dataclass
+class QuantizeGroupedSection:
+    """Quantization of experts."""
+
+    float8: GroupedFloat8Section = field(default_factory=GroupedFloat8Section)
+    mx: GroupedMXSection = field(default_factory=GroupedMXSection)
+
+
+@dataclass
 class QuantizeSection:
     """Quantization."""
 
     linear: QuantizeLinearSection = field(default_factory=QuantizeLinearSection)
+    grouped_mm: QuantizeGroupedSection = field(default_factory=QuantizeGroupedSection)
 
 
 @dataclass

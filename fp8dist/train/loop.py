@@ -16,6 +16,7 @@ from fp8dist.train.distributed import agree, same_everywhere
 from fp8dist.train.documents import reference_entropies
 from fp8dist.train.metrics import Reporter, RunRecord, write_json
 from fp8dist.train.model import model_shape
+from fp8dist.train.moe import MoE, balance
 from fp8dist.train.optimizer import build_optimizer, set_learning_rate
 from fp8dist.train.parallelize import build_loss, build_mesh, build_model
 from fp8dist.train.plot import plot_losses
@@ -51,6 +52,7 @@ class Trainer:
         rank, world = dist.get_rank() // degree, dist.get_world_size() // degree
         self.data = build_dataset(job, documents, tokenizer, rank=rank, world=world)
         self.model = build_model(job, shape, mesh, device)
+        self.experts = [module for module in self.model.modules() if isinstance(module, MoE)]
         self.wire = count_all_gathers(self.model)
         self.loss = build_loss(job)
         self.optimizer = build_optimizer(self.model, job)
@@ -115,7 +117,8 @@ class Trainer:
         return self.record
 
     def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; returns this rank's mean loss and the gradient norm, on device.
+        """One optimizer step; returns this rank's mean loss, the gradient norm and, of a mixture of
+        experts, the load of the busiest, on device.
 
         Nothing here waits for the device: `_read` looks at the numbers when a line is due.
         """
@@ -135,21 +138,24 @@ class Trainer:
         self.optimizer.step()
         self._precompute()
         self.record.gathered_bytes.append(self.wire.bytes - gathered_before)
-        return torch.stack((total, _plain(norm)))
+        loads = [balance(self.experts)] if self.experts else []
+        return torch.stack((total, _plain(norm), *loads))
 
     def _precompute(self) -> None:
         """All scales of the next step in one all-reduce, if the job gathers in float8."""
-        conversion = self.job.conversion
-        if conversion is not None and conversion.precompute_scales:
+        if self.job.precomputes_scales:
             fp8dist.precompute_float8_dynamic_scale_for_fsdp(self.model)
 
     def _read(self, unread: list[torch.Tensor]) -> None:
-        """Move losses, averaged over the ranks, and norms into the record: one all-reduce."""
+        """Move losses, averaged over the ranks, and what goes with them into the record: one
+        all-reduce.
+        """
         values = torch.stack(unread)
         dist.all_reduce(values)
-        losses, norms = (values / dist.get_world_size()).T.tolist()
+        losses, norms, *loads = (values / dist.get_world_size()).T.tolist()
         self.record.losses += losses
         self.record.grad_norms += norms
+        self.record.expert_loads += loads[0] if loads else []
         unread.clear()
 
     def _resume(self) -> int:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FINAL_STEPS = 20
 """The final loss is the mean over at most this many last steps; one batch alone is noise."""
 
-HISTORY = ("losses", "grad_norms", "gathered_bytes")
+HISTORY = ("losses", "grad_norms", "gathered_bytes", "expert_loads")
 
 
 @dataclass
@@ -26,7 +26,9 @@ class RunRecord:
     """Everything worth keeping of a run; entry i of a list belongs to step i + 1.
 
     Losses are means over the global batch, in nats per token. `gathered_bytes` is what FSDP's
-    all-gathers put out on one rank in a step; `tokens_per_second` counts all ranks.
+    all-gathers put out on one rank in a step; `expert_loads`, of mixtures of experts only, the
+    load of each layer's busiest expert, 1 being an equal share, as a mean over the layers;
+    `tokens_per_second` counts all ranks.
     """
 
     config: dict[str, Any]
@@ -37,6 +39,7 @@ class RunRecord:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     gathered_bytes: list[int] = field(default_factory=list)
+    expert_loads: list[float] = field(default_factory=list)
     tokens_per_second: float = math.nan
     training_seconds: float = math.nan
     entropy_of_bytes: float | None = None
@@ -60,7 +63,7 @@ class RunRecord:
     def restore_history(self, saved: dict[str, Any]) -> None:
         """Take over the steps recorded before the run was resumed."""
         for name in HISTORY:
-            setattr(self, name, saved[name])
+            setattr(self, name, saved.get(name, []))
 
     def summary(self) -> str:
         """The outcome in one line, with what counting bytes would reach beside it."""
@@ -191,8 +194,9 @@ class Reporter:
         self._last, self._tokens_at_last = now, self._tokens
         loss, norm = self._record.losses[-1], self._record.grad_norms[-1]
         memory, gathered = peak_memory(self._device), self._record.gathered_bytes[-1]
+        load = self._record.expert_loads[-1] if self._record.expert_loads else None
         logger.info(
-            "step %*d/%d  loss %.4f  grad norm %.3f  %7s tokens/s  memory %s  gathered %s",
+            "step %*d/%d  loss %.4f  grad norm %.3f  %7s tokens/s  memory %s  gathered %s%s",
             len(str(self._steps)),
             step,
             self._steps,
@@ -201,6 +205,7 @@ class Reporter:
             f"{speed:,.0f}",
             readable_bytes(memory),
             readable_bytes(gathered),
+            "" if load is None else f"  busiest expert {load:.2f}x",
         )
         if self._writer is not None:
             scalars = {
@@ -211,6 +216,8 @@ class Reporter:
                 "memory_bytes": memory,
                 "gathered_bytes": gathered,
             }
+            if load is not None:
+                scalars["busiest_expert"] = load
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
 

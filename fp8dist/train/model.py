@@ -1,4 +1,7 @@
-"""Llama 3: a decoder with rotary positions, grouped-query attention, RMSNorm and SwiGLU."""
+"""Llama 3: a decoder with rotary positions, grouped-query attention, RMSNorm and SwiGLU.
+
+Its feed-forwards may be mixtures of experts.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -8,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+
+from fp8dist.train.moe import MoE, MoEShape
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class ModelShape:
     vocab_size: int
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
+    moe: MoEShape | None = None
 
 
 FLAVORS = {
@@ -33,6 +39,15 @@ FLAVORS = {
     ),
     "70B": ModelShape(
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=128256
+    ),
+    "debugmoe": ModelShape(
+        dim=256,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=2,
+        hidden_dim=256,
+        vocab_size=256,
+        moe=MoEShape(experts=8, top_k=2, hidden_dim=256, bias_step=1e-2),
     ),
 }
 
@@ -142,7 +157,10 @@ class TransformerBlock(nn.Module):
     def __init__(self, shape: ModelShape, rope: RotaryEmbedding):
         super().__init__()
         self.attention = Attention(shape, rope)
-        self.feed_forward = FeedForward(shape)
+        self.feed_forward: nn.Module = FeedForward(shape)
+        if shape.moe is not None:
+            shared = FeedForward(replace(shape, hidden_dim=shape.moe.hidden_dim))
+            self.feed_forward = MoE(shape.dim, shape.moe, shared)
         self.attention_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.ffn_norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         # With activation checkpointing: called as recompute(function, x). It belongs inside
@@ -192,6 +210,8 @@ class Llama(nn.Module):
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
                 module.reset_parameters()
+            if isinstance(module, MoE):
+                module.reset_buffers()
         for name, param in self.named_parameters():
             device = param.device
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -209,7 +229,7 @@ class Llama(nn.Module):
             full.fill_(1.0)
             return
         std = 0.02
-        if name.endswith(("wo.weight", "w2.weight")):
+        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
             # What each of the 2 n_layers branches adds to the residual stream.
             std /= (2 * self.shape.n_layers) ** 0.5
         elif name == "output.weight":

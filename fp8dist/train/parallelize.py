@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -28,6 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm_v2.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_grouped_mm_v2.default,
+    torch.ops.fp8dist.grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -66,6 +70,7 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
         ValueError: tensor parallelism does not fit the model, its float8 layers or the sequence.
     """
     check_shape(job, shape)
+    _check_experts(job, shape)
     with torch.device("meta"):
         model = Llama(shape, job.training.seq_len).to(DTYPES[job.training.dtype])
     if job.float8_enabled:
@@ -82,11 +87,35 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
     return model
 
 
+def _check_experts(job: JobConfig, shape: ModelShape) -> None:
+    if shape.moe is None:
+        return
+    if job.parallelism.tensor_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree is {job.parallelism.tensor_parallel_degree}: "
+            f"tensor parallelism does not cut the experts of model.flavor {job.model.flavor!r}; "
+            "set it to 1"
+        )
+    compiled = job.compile.enable and "model" in job.compile.components
+    if compiled and job.training.mixed_precision_param != "bfloat16":
+        raise ValueError(
+            f"training.mixed_precision_param is {job.training.mixed_precision_param!r}: compiled, "
+            f"the experts of model.flavor {job.model.flavor!r} are multiplied in bfloat16 only; "
+            "set it to bfloat16, or turn compile.enable off"
+        )
+
+
 def convert(model: nn.Module, job: JobConfig) -> None:
-    """Turn the linear layers of `model` into float8 ones, as the job's converter says."""
+    """Turn linear layers and experts of `model` into float8 ones, as the job's converters say.
+
+    Raises:
+        ValueError: experts are to be converted that the model does not have.
+    """
+    if (experts := job.conversion_of_experts) is not None:
+        fp8dist.convert_moe_to_float8_training(model, config=experts.recipe_name, fqns=experts.fqns)
     section = job.conversion
     if section is None:
-        raise AssertionError("the job converts no layers")
+        return
     fp8dist.convert_to_float8_training(
         model,
         config=fp8dist.Float8Config(
@@ -128,8 +157,21 @@ def shard(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:
         param_dtype=DTYPES[job.training.mixed_precision_param], reduce_dtype=torch.float32
     )
     reshard = job.parallelism.fsdp_reshard_after_forward != "never"
+    ranks = mesh.size(mesh.ndim - 1)
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        """With fewer experts than ranks, part of each of them on every rank."""
+        few = param.dim() == 3 and param.size(0) < ranks and param.size(1) % ranks == 0
+        return Shard(1) if few else None
+
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=placement,
+        )
     # Backward starts where forward ended: resharding the root would gather it twice in a row.
     last = job.parallelism.fsdp_reshard_after_forward == "always"
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=last)

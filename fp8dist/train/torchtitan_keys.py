@@ -68,8 +68,6 @@ UNUSED_KEYS: dict[str, tuple[str, ...]] = {
         "debug",
     ),
     "quantize.linear.mx": ("mxfp8_dim1_cast_kernel_choice",),
-    "quantize.grouped_mm.float8": ("fqns",),
-    "quantize.grouped_mm.mx": ("recipe_name", "fqns"),
     "comm": (
         "init_timeout_seconds",
         "trace_buf_size",

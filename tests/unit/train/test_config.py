@@ -32,6 +32,8 @@ PROMISED = """
     quantize.linear.float8.recipe_name quantize.linear.float8.filter_fqns
     quantize.linear.float8.emulate
     quantize.linear.mx.recipe_name quantize.linear.mx.filter_fqns
+    quantize.grouped_mm.float8.fqns
+    quantize.grouped_mm.mx.recipe_name quantize.grouped_mm.mx.fqns
     debug.seed debug.deterministic
     comm.train_timeout_seconds
 """.split()
@@ -131,6 +133,7 @@ components = ["model", "loss"]
 
 FLOAT8 = "quantize.linear.float8"
 MX = "quantize.linear.mx"
+GROUPED_FLOAT8, GROUPED_MX = "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"
 
 
 def parse(line: str) -> JobConfig:
@@ -359,7 +362,6 @@ class TestToml:
                 "checkpoint.last_save_model_only",
                 "checkpoint.export_dtype",
                 "checkpoint.async_mode",
-                "quantize.grouped_mm.float8.fqns",
                 "validation.enable",
                 "validation.dataset",
                 "validation.freq",
@@ -618,6 +620,30 @@ class TestMXFlags:
         assert not config.float8_enabled
 
 
+class TestExperts:
+    def test_converters_of_layers_and_of_experts(self):
+        config = parse(
+            f'--model.converters="{FLOAT8},{GROUPED_FLOAT8}" --{GROUPED_FLOAT8}.fqns="moe,experts"'
+        )
+        assert config.conversion is config.quantize.linear.float8
+        assert config.conversion_of_experts is config.quantize.grouped_mm.float8
+        assert config.conversion_of_experts.fqns == ["moe", "experts"]
+        assert config.conversion_of_experts.recipe_name == "rowwise"
+
+    def test_experts_alone(self):
+        config = parse(f"--model.converters={GROUPED_MX}")
+        assert config.conversion is None
+        assert config.conversion_of_experts.recipe_name == "mxfp8"
+        assert config.conversion_of_experts.fqns == ["experts"]
+        assert config.float8_enabled
+        assert config.precomputes_scales
+
+    def test_layers_that_do_not_precompute_beside_experts_that_do(self):
+        off = f"--{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp=false"
+        assert not parse(f"--model.converters={FLOAT8} {off}").precomputes_scales
+        assert parse(f"--model.converters={FLOAT8},{GROUPED_FLOAT8} {off}").precomputes_scales
+
+
 class TestRefusedValues:
     @pytest.mark.parametrize("kind", ["pipeline", "context"])
     def test_degrees_it_cannot_honour(self, kind):
@@ -687,10 +713,13 @@ class TestRefusedValues:
         assert "'float8'" in message
         assert "did you mean 'quantize.linear.float8'?" in message
 
-    @pytest.mark.parametrize("name", ["quantize.grouped_mm.mx", "quantize.grouped_mm.float8"])
-    def test_converters_that_are_torchtitans_alone(self, name):
-        message = refusal(f"--model.converters=quantize.linear.float8,{name}")
-        assert f"{name!r}, which is not supported yet" in message
+    def test_two_recipes_for_experts(self):
+        message = refusal(f"--model.converters={GROUPED_FLOAT8},{GROUPED_MX}")
+        assert f"has both {GROUPED_FLOAT8} and {GROUPED_MX}" in message
+
+    def test_recipe_that_is_not_for_experts(self):
+        message = refusal(f"--{GROUPED_MX}.recipe_name=rowwise")
+        assert f"{GROUPED_MX}.recipe_name is 'rowwise'; expected mxfp8" in message
 
     def test_names_and_numbers_set_in_python_are_checked_too(self):
         config = JobConfig()
