@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fp8dist.config import FastAccum, Float8Config
 from fp8dist.convert import convert_to_float8_training, float8_module_filter
 from fp8dist.convert_moe import convert_moe_to_float8_training
+from fp8dist.export import export_float8
 from fp8dist.fsdp import precompute_float8_dynamic_scale_for_fsdp, register_precompute_hook
 from fp8dist.linear import Float8Linear
 from fp8dist.tensor_parallel import (
@@ -26,6 +27,7 @@ __all__ = [
     "PrepareFloat8ModuleInput",
     "convert_moe_to_float8_training",
     "convert_to_float8_training",
+    "export_float8",
     "float8_module_filter",
     "precompute_float8_dynamic_scale_for_fsdp",
     "register_precompute_hook",

@@ -27,6 +27,7 @@ LAYERS = [
     "convert",
     "convert_moe",
     "fsdp",
+    "export",
     "tensor_parallel",
     "train",
 ]
