@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -61,12 +61,13 @@ def export_float8(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state_dict = get_model_state_dict(
         model, options=options
     )  # on rank 0 alone, if there are others
+    tensors = cast(dict[str, torch.Tensor], state_dict)
     quantization = _quantization_config(model, layers)
 
     def write() -> None:
         if config is None:
             raise AssertionError("rank 0 has not read its config")
-        _write(folder / WEIGHTS_FILE, lambda file: _save(_quantized(state_dict, layers), file))
+        _write(folder / WEIGHTS_FILE, lambda file: _save(_quantized(tensors, layers), file))
         text = json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
         _write(folder / CONFIG_FILE, lambda file: file.write(text.encode()))
 
