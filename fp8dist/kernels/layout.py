@@ -46,8 +46,10 @@ def sizes_of(
             of_kind = {"tensor": (1, 1), "column": (n, 1)}
             sizes[3] = (copies, *(of_kind.get(t_kind) or (m_padded // t_block[0], n)))
     if not given:
-        rows = kind == "row" and t_block is not None  # alone they are found in the cast's pass
-        amaxes = m * rows + n * (t_kind == "column") + ("tensor" in (kind, t_kind))
+        # Alone, those of rows are found in the cast's pass.
+        rows = m if kind == "row" and t_block is not None else 0
+        columns = n if t_kind == "column" else 0
+        amaxes = rows + columns + int("tensor" in (kind, t_kind))
     return tuple(sizes), m_padded, amaxes
 
 
