@@ -48,6 +48,7 @@ from fp8dist.tensors.placement import check_part
 
 
 # What these are given by name is a constant to the compiler: the numbers in a `Recipe` are not.
+# torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
 
 
 @torch._dynamo.allow_in_graph
@@ -159,15 +160,15 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
     mesh, (placement,) = input.device_mesh, input.placements
     dim = getattr(placement, "dim", 0) % input.dim()
     uneven = input.size(dim) % mesh.size() != 0
-    if recipe.input_for_grad_weight is not None or not again:
-        again = False
-        if uneven or isinstance(input._local_tensor, Float8Activation):
-            return _cast_input(input, recipe).redistribute(placements=(Replicate(),))
-    if uneven:
+    arrives_cast = isinstance(input._local_tensor, Float8Activation)
+    again = again and recipe.input_for_grad_weight is None and not arrives_cast
+    if uneven and again:
         raise ValueError(
             f"dimension {dim} of an input of {tuple(input.shape)} is cut into {mesh.size()} parts "
             f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
         )
+    if uneven or arrives_cast:
+        return _cast_input(input, recipe).redistribute(placements=(Replicate(),))
     cut = Cut(dim, mesh.size(), mesh.get_group().group_name)
     return _GatherInput.apply(input, recipe.name, cut, again)
 

@@ -279,6 +279,7 @@ def in_order(x: torch.Tensor, tokens: Sequence[int], cut: Cut | None) -> torch.T
     return by_rank.movedim(0, cut.dim).reshape(*tokens, x.size(-1))
 
 
+# torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
 @torch._dynamo.allow_in_graph
 class ByRank(torch.autograd.Function):
     """An activation's tokens as they arrived, (tokens, K); see [Note: tokens by rank]."""

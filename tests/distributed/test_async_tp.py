@@ -17,11 +17,12 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from fp8dist import async_tp, hardware
 from fp8dist.tensors import float8_activation
-from tests.distributed.harness import run_on_ranks
+from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.tp_block import batch, block_of, part, plan, sqnr, tp_mesh
 
 OVERLAPPED = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 COLWISE = ["attention.wk", "attention.wq", "feed_forward.w1", "feed_forward.w3"]
+COMPILES = 300.0  # seconds; each of two compilations of forward and backward, nothing cached
 FUSED = torch.ops.symm_mem.fused_all_gather_scaled_matmul
 
 
@@ -114,10 +115,13 @@ def by_rank(recipe: str, dim: int) -> list[float]:
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("recipe", OVERLAPPED)
 def test_tokens_left_as_they_arrive_give_the_same(recipe: str, dim: int) -> None:
-    """Bitwise but for the order of grad_weight's sums of float32."""
+    """Bitwise but for the order of grad_weight's sums of float32. On a GPU a row's sums may depend
+    on where it lies, and so a gradient's scale, by a unit in the last place.
+    """
+    least = float("inf") if DEVICE == "cpu" else 55
     for output, input_grad, *weights in run_on_ranks(2, by_rank, recipe, dim):
-        assert output == input_grad == float("inf")
-        assert min(weights) > 110
+        assert min(output, input_grad) >= least
+        assert min(weights) > min(least, 110)
 
 
 def overlapped(recipe: str) -> tuple[list[str], Graphs, list[float]]:
@@ -146,7 +150,7 @@ def test_overlapped_on_a_gpu(recipe: str) -> None:
     order in which the partial sums of a matmul of fewer rows are added, then rounded to bfloat16:
     8 bits are 48 dB.
     """
-    for code, graphs, db in run_on_ranks(2, overlapped, recipe):
+    for code, graphs, db in run_on_ranks(2, overlapped, recipe, timeout=COMPILES):
         call = r"= torch\.ops\.symm_mem\.fused_all_gather_scaled_matmul\."
         assert len(re.findall(call, "".join(code))) == 2
         assert not [name for name in graphs.alone if name in COLWISE]
