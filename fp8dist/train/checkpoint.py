@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from fp8dist.train.checkpoint_files import Rehearsal, SafePlanner, SafeReader, check_files
 from fp8dist.train.distributed import agree
 
 UNFINISHED = ".tmp"
@@ -53,21 +54,28 @@ class Checkpointer:
         """Restore the newest checkpoint and return its progress; None if there is none.
 
         Raises:
-            ValueError: on every rank: it is not of this model, or it cannot be read.
+            ValueError: on every rank: it is not of this model, a file of it is missing, cut off or
+                damaged, or holds anything but data; model and optimizer are as they were.
         """
         path = self._newest()
         if path is None:
             return None
         state = {**self._tensors(), "progress": ""}
         agree(lambda: self._check(path, state))
-        dcp.load(state, checkpoint_id=path)
+        # In place, so all is read once before: what cannot be read leaves this run as it is.
+        for planner in (Rehearsal(), SafePlanner()):
+            try:
+                dcp.load(state, storage_reader=SafeReader(path), planner=planner)
+            except dcp.api.CheckpointException as error:  # on all ranks, of whichever failed
+                raise _unreadable(path, _first_failure(error)) from error
+            progress = agree(lambda: _parse(path, state["progress"]))
         set_state_dict(
             self._model,
             self._optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        return json.loads(state["progress"])
+        return progress
 
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
@@ -89,12 +97,10 @@ class Checkpointer:
     def _check(self, path: Path, state: dict[str, Any]) -> None:
         """Raise ValueError unless `path` holds exactly this model's parameters, in its shapes."""
         try:
-            metadata = dcp.FileSystemReader(path).read_metadata()
+            metadata = SafeReader(path).read_metadata()
+            check_files(path, metadata)
         except Exception as error:  # missing file or broken pickle, of any exception type
-            raise ValueError(
-                f"checkpoint {path} cannot be read ({error!r}): remove it to start from an older "
-                "one or from the beginning"
-            ) from error
+            raise _unreadable(path, error) from error
         saved = {
             name.removeprefix("model."): tuple(entry.size)
             for name, entry in metadata.state_dict_metadata.items()
@@ -109,3 +115,25 @@ class Checkpointer:
                     "Resume with the model it was saved from, or choose another "
                     "job.dump_folder or checkpoint.folder"
                 )
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} cannot be read ({error!r}): remove it to start from an older one or "
+        "from the beginning"
+    )
+
+
+def _first_failure(error: dcp.api.CheckpointException) -> BaseException:
+    failure, _traceback = error.failures[min(error.failures)]
+    return failure
+
+
+def _parse(path: Path, text: Any) -> dict[str, Any]:
+    try:
+        progress = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(progress, dict):
+        raise _unreadable(path, TypeError(f"its progress is a {type(progress).__name__}"))
+    return progress
