@@ -28,9 +28,11 @@ def quantize_both(
     # float8 all-gather is off.
     if as_view or (128, 128) in (block, transposed_block):
         return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
-    amax = None
-    if {block, transposed_block} <= {TENSOR, None} and ops.has_kernels(x) and _is_traced():
-        # The compiler finds amaxes of rows where it computes x, instead of reading it once more.
+    amax, fusible = None, ops.has_kernels(x) and _is_traced()
+    # What the compiler does where it computes x saves reading x once more.
+    if fusible and (block, transposed_block) == (ROW, None):
+        return numerics.quantize_both(x, block, None, float8_dtype, scale_format)
+    if fusible and {block, transposed_block} <= {TENSOR, None}:
         amax = numerics.amax(numerics.amax(x, ROW), TENSOR).float()
     return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, amax, after)
 
