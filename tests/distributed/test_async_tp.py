@@ -13,8 +13,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+import fp8dist
 from fp8dist import async_tp, hardware
 from fp8dist.tensors import float8_activation
 from tests.distributed.harness import DEVICE, run_on_ranks
@@ -51,8 +54,12 @@ class Traced(Exception):
     """Nothing is left to be seen."""
 
 
-def traced(recipe: str) -> Graphs:
-    """The graphs of forward on a device that would multiply float8, of which no code is made."""
+def traced(recipe: str, fsdp: bool) -> Graphs:
+    """The graphs of forward on a device that would multiply float8, of which no code is made.
+
+    Args:
+        fsdp: FSDP2 (of one rank) gathers the weights in float8; else they are cast where used.
+    """
     graphs = Graphs()
 
     def stop(graph: torch.fx.Graph) -> None:
@@ -60,10 +67,13 @@ def traced(recipe: str) -> Graphs:
         raise Traced
 
     torch._dynamo.reset()
-    mesh = tp_mesh()
-    block = parallelize_module(block_of(recipe).bfloat16(), mesh, plan())
+    mesh = init_device_mesh(DEVICE, (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    block = parallelize_module(block_of(recipe).bfloat16(), mesh["tp"], plan())
     block.compile(fullgraph=True)
-    x = part(batch(1), mesh).bfloat16().requires_grad_()
+    if fsdp:
+        fully_shard(block, mesh=mesh["dp"])
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(block)
+    x = part(batch(1), mesh["tp"]).bfloat16().requires_grad_()
     with (
         mock.patch.object(hardware, "multiplies", lambda *args: True),
         mock.patch.object(dist, "is_nccl_available", lambda: True),
@@ -77,9 +87,10 @@ def traced(recipe: str) -> Graphs:
     return graphs
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("recipe", OVERLAPPED)
-def test_every_colwise_layer_is_fused_with_the_gather(recipe: str) -> None:
-    for graphs in run_on_ranks(2, traced, recipe):
+def test_every_colwise_layer_is_fused_with_the_gather(recipe: str, fsdp: bool) -> None:
+    for graphs in run_on_ranks(2, traced, recipe, fsdp):
         assert not [name for name in graphs.alone if name in COLWISE]
         assert graphs.fused == [2, 2], "wq and wk, w1 and w3"
 
