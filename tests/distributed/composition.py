@@ -1,5 +1,4 @@
-"""What can be combined with a float8 gather: the axes, a model trained in a way that is a point on
-them."""
+"""A model trained in a way that combines values of `composition_axes`."""
 
 import functools
 from collections.abc import Iterator
@@ -22,47 +21,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import fp8dist
 from fp8dist import Float8Config
 from tests.distributed.harness import DEVICE
-from tests.distributed.pairwise import Axes, Case, Pair, pair
-from tests.distributed.toy import RECIPE_NAMES, batch_of, full, loss_of
+from tests.distributed.pairwise import Case
+from tests.distributed.toy import batch_of, full, loss_of
 
 STEPS = 3
 LEARNING_RATE = 1e-2
-
-# On each axis the cheap values first; they are taken where it does not matter.
-AXES: Axes = {
-    "mesh": ["fsdp 2", "fsdp 1", "fsdp 3", "fsdp 4", "hsdp 2x2", "fsdp x tp 2x2"],
-    "recipe": RECIPE_NAMES,
-    "model": ["plain", "biases", "frozen", "lora", "tied", "shared", "twice", "not called"],
-    "dtype": ["float32", "bfloat16", "bfloat16 of float32 shards"],
-    "optimizer": ["foreach", "fused", "for-loop", "SGD", "8 bits", "compiled"],
-    "checkpointing": [
-        "none",
-        "full in FSDP",
-        "full around FSDP",
-        "selective in FSDP",
-        "selective around FSDP",
-    ],
-    "reshard": ["after forward", "after backward"],
-    "prefetch": ["implicit", "explicit"],
-    "unshard": ["implicit", "async_op"],
-    "accumulation": ["none", "with sync", "without sync"],
-    "clipping": ["none", "by norm"],
-    "offload": ["none", "pageable", "pinned"],
-    "shard_dim": ["0", "1"],
-    "init": ["values", "meta"],
-    "parts": ["one", "two"],
-    "evaluation": ["none", "no_grad", "inference_mode"],
-    "compile": ["no", "a block"],
-    "precompute": ["hook", "call", "never"],
-}
-
-# Pairs that cannot be had, with or without float8.
-EXCLUDED: dict[Pair, str] = {
-    pair(("model", "tied"), ("parts", "two")): "FSDP2: two roots cannot share a parameter",
-    pair(("optimizer", "8 bits"), ("dtype", "bfloat16")): (
-        "torchao: its 8-bit AdamW, not compiled, takes no DTensor of bfloat16"
-    ),
-}
 
 WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3}
 # Multiples of 128, as blockwise asks for, also of the parts that tensor parallelism leaves; 3 ranks
@@ -163,6 +126,8 @@ def converted(case: Case, device: str) -> Model:
         model = Model(case["model"])
     if case["dtype"] == "bfloat16":
         model.to(torch.bfloat16)
+    if case["recipe"] == "none":
+        return model
     # Emulated on GPUs too: their matmuls of operands that lie otherwise in memory round otherwise.
     config = Float8Config(case["recipe"], emulate=True)
     fp8dist.convert_to_float8_training(model, config=config, module_filter_fn=_to_float8)
@@ -263,17 +228,19 @@ def _prefetch(model: Model, case: Case) -> None:
     model.second.layer.set_modules_to_backward_prefetch([model.first.layer])
 
 
-# Compiling a step takes seconds per parameter: it is done for one, in float8.
-COMPILED = ("first.layer.w2.weight",)
+# Of these the step of one parameter takes seconds: it is done for one, in float8.
+SLOW = ("compiled", "8 bits")
+SLOWLY_TRAINED = "first.layer.w2.weight"
 
 
 def optimizers_of(named: dict[str, nn.Parameter], case: Case) -> list[torch.optim.Optimizer]:
-    """One, or before it one whose step is compiled."""
+    """One, or before it that of one parameter."""
     trained = {name_of(name): param for name, param in named.items() if param.requires_grad}
-    if case["optimizer"] != "compiled":
-        return [_optimizer(list(trained.values()), case["optimizer"])]
-    compiled = [trained.pop(name) for name in COMPILED]
-    return [_optimizer(compiled, "foreach"), _optimizer(list(trained.values()), "foreach")]
+    kind = case["optimizer"]
+    if kind not in SLOW:
+        return [_optimizer(list(trained.values()), kind)]
+    alone = trained.pop(SLOWLY_TRAINED)
+    return [_optimizer([alone], kind), _optimizer(list(trained.values()), "foreach")]
 
 
 def _optimizer(trained: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
@@ -292,13 +259,14 @@ def _optimizer(trained: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
 
 
 def take_step(optimizers: list[torch.optim.Optimizer], case: Case, compiled: bool = True) -> None:
-    *before, optimizer = optimizers
-    for other in before:
-        (torch.compile(other.step, backend="aot_eager") if compiled else other.step)()
-    # torchao compiles its steps, for many seconds; without, they compute the same.
-    eager = case["optimizer"] == "8 bits"
-    with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-        optimizer.step()
+    for optimizer in optimizers:
+        step: Any = optimizer.step
+        if case["optimizer"] == "compiled" and compiled and optimizer is not optimizers[-1]:
+            step = torch.compile(step, backend="aot_eager")
+        # torchao compiles its steps, for many seconds; without, they compute the same.
+        eager = case["optimizer"] == "8 bits"
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            step()
     for other in optimizers:
         other.zero_grad()
 

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 import fp8dist
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from tests.distributed.composition import AXES, converted, sharded
+from tests.distributed.composition import converted, sharded
+from tests.distributed.composition_axes import AXES
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.toy import RECIPE_NAMES, convert, mesh_of, new_model, shard
 from tests.unit.test_export import read
