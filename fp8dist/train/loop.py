@@ -20,6 +20,7 @@ from fp8dist.train.moe import MoE, balance
 from fp8dist.train.optimizer import build_optimizer, set_learning_rate
 from fp8dist.train.parallelize import build_loss, build_mesh, build_model
 from fp8dist.train.plot import plot_losses
+from fp8dist.train.same_run import check_same, facts_of_job, facts_of_model
 from fp8dist.train.tensor_parallel import loss_context
 from fp8dist.train.wire import count_all_gathers
 
@@ -30,8 +31,8 @@ class Trainer:
     """One run on this rank; the process group must be there.
 
     Raises:
-        ValueError: on every rank: the configuration does not fit the ranks, the data cannot be
-            used, or the checkpoint is of another run.
+        ValueError: on every rank: the ranks do not run the same, the configuration does not fit
+            them, the data cannot be used, or the checkpoint is of another run.
     """
 
     def __init__(self, job: JobConfig, device: torch.device):
@@ -41,6 +42,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch then asks for
             torch.use_deterministic_algorithms(True)
 
+        check_same(facts_of_job(job))
         documents, tokenizer = agree(lambda: find_data(job))
         amount = (len(documents), sum(document.length for document in documents))
         same_everywhere(amount, "the training text (documents, bytes)")
@@ -52,6 +54,7 @@ class Trainer:
         rank, world = dist.get_rank() // degree, dist.get_world_size() // degree
         self.data = build_dataset(job, documents, tokenizer, rank=rank, world=world)
         self.model = build_model(job, shape, mesh, device)
+        check_same(facts_of_model(self.model))
         self.experts = [module for module in self.model.modules() if isinstance(module, MoE)]
         self.wire = count_all_gathers(self.model)
         self.loss = build_loss(job)
