@@ -10,6 +10,11 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 import fp8dist
 from tests.distributed.harness import needs_compiler, run_on_ranks
@@ -51,12 +56,34 @@ def compiled_optimizer_step(backend: str) -> Edit:
     return edit
 
 
-def other_weights() -> dict[str, Any]:
+def torchao_optimizer_step(model: Llama, folder: Any) -> None:
+    from torchao.optim import AdamW8bit
+
+    loss_of(model, local_batch(7)).backward()
+    weights = [model.layers[0].wq.weight, model.layers[1].w2.weight]
+    # It compiles its steps, for seconds per parameter.
+    with torch.compiler.set_stance("force_eager"):
+        AdamW8bit(weights, lr=1e-2).step()
+    model.zero_grad()
+
+
+def other_model() -> Llama:
     other = float8_model(mesh_of(dist.get_world_size()))
     with torch.no_grad():
         for param in other.parameters():
             param.mul_(1.5)
-    return other.state_dict()
+    return other
+
+
+def other_weights() -> dict[str, Any]:
+    return other_model().state_dict()
+
+
+def load_from_rank_0(model: Llama, folder: Any) -> None:
+    everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state_dict = get_model_state_dict(other_model(), options=everything)
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state_dict, options=from_rank_0)
 
 
 def load(model: Llama, folder: Any) -> None:
@@ -89,9 +116,11 @@ ROUTES: dict[str, Edit] = {
     # Inductor writes to the shard where no tensor's own version sees it.
     "aot_eager": compiled_optimizer_step("aot_eager"),
     "inductor": compiled_optimizer_step("inductor"),
+    "AdamW8bit": torchao_optimizer_step,
     "load_state_dict": load,
     "load_state_dict(assign=True)": load_assigning,
     "dcp.load": dcp_load_in_place,
+    "broadcast from rank 0": load_from_rank_0,
     "data": by_weight(lambda weight: weight.data.mul_(1.5)),
     "mul_": by_weight(lambda weight: weight.mul_(1.5)),
     "copy_": by_weight(lambda weight: weight.copy_(weight.detach().clone() * 1.5)),
@@ -145,7 +174,8 @@ def test_noticed(route: str, tmp_path: Any) -> None:
         assert message.startswith("layers.0.wq ")
         assert "precompute_float8_dynamic_scale_for_fsdp" in message
         reduction = f"all_reduce MAX int32[1] over {ranks} ranks"
-        assert reductions[1] == [reduction] * (2 if compiled else 14)
+        edited_weights = 2 if compiled or route == "AdamW8bit" else 14
+        assert reductions[1] == [reduction] * edited_weights
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPE_NAMES if name != "tensorwise"])
