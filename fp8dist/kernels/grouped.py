@@ -1,11 +1,139 @@
-"""Twins of `fp8dist.grouped_numerics` that run where the tensor is."""
+"""Twins of `fp8dist.grouped_numerics` that run where the tensor is; ops of torch, as those in
+`fp8dist.kernels.ops` are and for the same reasons.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch.library import Library, register_fake
 
 from fp8dist import grouped_numerics, kernels
-from fp8dist.config import Block, ScaleFormat
-from fp8dist.grouped_numerics import ScaledGroups
-from fp8dist.numerics import Scaled
+from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
+from fp8dist.grouped_numerics import ScaledGroups, padded_rows
+from fp8dist.kernels.ops import has_kernels
+from fp8dist.numerics import Scaled, token_multiple
+
+try:
+    from fp8dist.kernels import grouped_launch
+except ImportError:  # no Triton: a CPU build of torch
+    grouped_launch = None  # type: ignore[assignment]
+
+_library = Library("fp8dist", "FRAGMENT")
+_library.define(
+    "pad_groups(Tensor x, Tensor ends, int multiple) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "quantize_groups(Tensor x, Tensor ends, bool rows, ScalarType float8_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "transpose_each(Tensor data, Tensor scale, Tensor? inverse, int[2] own_block, int rows, "
+    "int[2] block, Tensor? new_scale, str scale_format, Tensor? after) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _pad_groups(
+    x: torch.Tensor, ends: torch.Tensor, multiple: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    padded = grouped_numerics.pad_groups(x, ends, multiple)
+    return padded, grouped_numerics.padded_ends(ends, multiple)
+
+
+_FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _quantize_groups(
+    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+) -> _FiveTensors:
+    """Scaled by rows, if they are wanted, and by columns of groups, with powers of two.
+
+    Returns:
+        data (M, N), its reciprocals and scales (2, M, 1), transposed data (N, `padded_rows`), its
+        reciprocals and scales (2, groups, N), and the padded ends.
+    """
+    if has_kernels(x) and x.numel() > 0:
+        return grouped_launch.quantize_groups(x, ends, rows, float8_dtype)
+    sizes = _sizes(x, ends, rows)
+    data, scales = x.new_empty(sizes[0], dtype=float8_dtype), x.new_empty(sizes[1]).float()
+    if rows:
+        scaled, _ = kernels.quantize_both(x, ROW, None, float8_dtype, "power_of_2")
+        if scaled is None:
+            raise AssertionError("the operand that was asked for is missing")
+        data = scaled.data.clone(memory_format=torch.contiguous_format)
+        scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
+    groups = grouped_numerics.quantize_groups(x, ends, COLUMN, float8_dtype, "power_of_2")
+    t_scales = torch.stack([groups.scale.reciprocal(), groups.scale])
+    t_data = groups.data.clone(memory_format=torch.contiguous_format)
+    return data, scales, t_data, t_scales, groups.ends
+
+
+def _sizes(x: torch.Tensor, ends: torch.Tensor, rows: bool) -> list[tuple[int, ...]]:
+    (m, n), groups = x.shape, ends.size(0)
+    m_padded = padded_rows(m, groups, token_multiple(COLUMN))
+    of_rows: list[tuple[int, ...]] = [(m, n), (2, m, 1)] if rows else [(0, 0), (0, 0)]
+    return [*of_rows, (n, m_padded), (2, groups, n)]
+
+
+def _transpose_each(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    inverse: torch.Tensor | None,
+    own_block: Sequence[int],
+    rows: int,
+    block: Sequence[int],
+    new_scale: torch.Tensor | None,
+    scale_format: ScaleFormat,
+    after: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grouped_numerics.transpose_each`: data and, if they are not given, scales."""
+    if has_kernels(data) and new_scale is not None:
+        inverse = scale.reciprocal() if inverse is None else inverse
+        return grouped_launch.transpose_each(data, inverse, rows, new_scale), scale.new_empty(0, 0)
+    x = Scaled(data, scale, (own_block[0], own_block[1]), inverse)
+    found = grouped_numerics.transpose_each(x, rows, (block[0], block[1]), new_scale, scale_format)
+    contiguous = found.data.clone(memory_format=torch.contiguous_format)
+    return contiguous, scale.new_empty(0, 0) if new_scale is not None else found.scale.clone()
+
+
+_library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
+_library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
+_library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
+
+
+@register_fake("fp8dist::pad_groups", lib=_library)
+def _(x: torch.Tensor, ends: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = padded_rows(x.size(0), ends.size(0), multiple)
+    return x.new_empty(rows, x.size(1)), torch.empty_like(ends)
+
+
+@register_fake("fp8dist::quantize_groups", lib=_library)
+def _(
+    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    dtypes = (float8_dtype, torch.float32, float8_dtype, torch.float32)
+    sizes = _sizes(x, ends, rows)
+    parts = [x.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    return (*parts, torch.empty_like(ends))
+
+
+@register_fake("fp8dist::transpose_each", lib=_library)
+def _(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    inverse: torch.Tensor | None,
+    own_block: Sequence[int],
+    rows: int,
+    block: Sequence[int],
+    new_scale: torch.Tensor | None,
+    scale_format: str,
+    after: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    stacked = data.size(0) // rows * data.size(1)
+    scales = (0, 0) if new_scale is not None else (stacked, rows // block[0])
+    return data.new_empty(stacked, rows), scale.new_empty(scales)
 
 
 def quantize_tokens(
@@ -19,13 +147,22 @@ def quantize_tokens(
     """x (M, K) for a matmul that contracts K, in blocks within a row, and the groups of x^T for one
     that contracts each group's tokens, as they are wanted; see `grouped_numerics.quantize_groups`.
     """
-    scaled, _ = kernels.quantize_both(x, block, None, float8_dtype, scale_format)
-    groups = None
-    if transposed_block is not None:
-        groups = grouped_numerics.quantize_groups(
-            x, ends, transposed_block, float8_dtype, scale_format
+    if transposed_block == COLUMN:
+        data, scales, t_data, t_scales, padded_ends = torch.ops.fp8dist.quantize_groups.default(
+            x, ends, block is not None, float8_dtype
         )
-    return scaled, groups
+        scaled = None if block is None else Scaled(data, scales[1], block, scales[0])
+        groups = ScaledGroups(t_data, t_scales[1], padded_ends, WHOLE, t_scales[0])
+        return scaled, groups
+    scaled, _ = kernels.quantize_both(x, block, None, float8_dtype, scale_format)
+    if transposed_block is None:
+        return scaled, None
+    multiple = token_multiple(transposed_block)
+    padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, multiple)
+    _, t = kernels.quantize_both(padded, None, transposed_block, float8_dtype, scale_format)
+    if t is None:
+        raise AssertionError("the operand that was asked for is missing")
+    return scaled, ScaledGroups(t.data, t.scale, padded_ends, transposed_block[0], t.inverse)
 
 
 def transpose_each(
@@ -37,4 +174,9 @@ def transpose_each(
     after: torch.Tensor | None = None,
 ) -> Scaled:
     """See `grouped_numerics.transpose_each`; for `after`, [Note: only in backward] in `ops`."""
-    return grouped_numerics.transpose_each(x, rows, block, new_scale, scale_format)
+    data, scale = torch.ops.fp8dist.transpose_each.default(
+        x.data, x.scale, x.inverse, x.block, rows, block, new_scale, scale_format, after
+    )
+    if new_scale is not None:
+        scale = new_scale.reshape(-1, 1)
+    return Scaled(data, scale, (block[1], block[0]))

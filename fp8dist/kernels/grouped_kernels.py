@@ -1,0 +1,208 @@
+"""Triton kernels for experts: tokens in groups, and weights one below the other.
+
+Groups are padded to CHUNK rows, see [Note: groups] in `grouped_numerics`, so that a chunk of padded
+rows is of one group. `chunks_kernel` finds out which, and which rows of the tokens it holds.
+"""
+
+import triton
+import triton.language as tl
+
+from fp8dist.kernels.triton_kernels import _abs_bits, _store_scale, amax_to_scale
+
+
+@triton.jit
+def chunks_kernel(
+    ends_ptr,
+    padded_ends_ptr,
+    first_ptr,
+    end_ptr,
+    group_ptr,
+    GROUPS,
+    COUNT,
+    CHUNK: tl.constexpr,
+    BG: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Of each of COUNT chunks: the first row of the tokens that it holds, where the rows of its
+    group end, and its group; a chunk after the last group holds no rows of that. Also padded_ends.
+    """
+    groups = tl.arange(0, BG)
+    known = groups < GROUPS
+    ends = tl.load(ends_ptr + groups, mask=known, other=0)
+    starts = tl.load(ends_ptr + groups - 1, mask=known & (groups > 0), other=0)
+    sizes = tl.maximum(ends - starts, 1)
+    padded = tl.where(known, (sizes + CHUNK - 1) // CHUNK * CHUNK, 0)
+    padded_ends = tl.cumsum(padded, 0)
+    if tl.program_id(0) == 0:
+        tl.store(padded_ends_ptr + groups, padded_ends, mask=known)
+    chunks = tl.program_id(0) * BC + tl.arange(0, BC)
+    rows = chunks * CHUNK
+    before = known[None, :] & (padded_ends[None, :] <= rows[:, None])
+    group = tl.minimum(tl.sum(before.to(tl.int32), 1), GROUPS - 1)
+    mine = groups[None, :] == group[:, None]
+    shift = tl.sum(tl.where(mine, (starts - (padded_ends - padded))[None, :], 0), 1)
+    end = tl.sum(tl.where(mine, ends[None, :], 0), 1)
+    in_range = chunks < COUNT
+    tl.store(first_ptr + chunks, rows + shift, mask=in_range)
+    tl.store(end_ptr + chunks, end, mask=in_range)
+    tl.store(group_ptr + chunks, group, mask=in_range)
+
+
+@triton.jit
+def _rows_of(first_ptr, end_ptr, group_ptr, padded, mask, CHUNK: tl.constexpr):
+    """Of padded rows: which rows of the tokens they are, whether they are any, and their groups."""
+    chunks = padded // CHUNK
+    rows = tl.load(first_ptr + chunks, mask=mask, other=0) + padded % CHUNK
+    exist = mask & (rows < tl.load(end_ptr + chunks, mask=mask, other=0))
+    return rows.to(tl.int64), exist, tl.load(group_ptr + chunks, mask=mask, other=0)
+
+
+@triton.jit
+def group_amaxes_kernel(
+    x_ptr,
+    first_ptr,
+    end_ptr,
+    group_ptr,
+    row_ptr,
+    column_ptr,
+    N,
+    M_PADDED,
+    stride,
+    WANT_ROW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Raise amaxes, int32 bits that are zero before, to those of rows of x (M, N) and of columns of
+    each group, (groups, N).
+    """
+    padded = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    column_mask = columns < N
+    rows, exist, group = _rows_of(first_ptr, end_ptr, group_ptr, padded, padded < M_PADDED, CHUNK)
+    mask = exist[:, None] & column_mask[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    bits = _abs_bits(x)
+    if WANT_ROW:
+        tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=exist, sem="relaxed")
+    first, last = (
+        tl.min(tl.where(exist, group, 2147483647), 0),
+        tl.max(tl.where(exist, group, 0), 0),
+    )
+    if first >= last:  # one group, or no rows
+        found = (first == last) & column_mask
+        index = last.to(tl.int64) * N + columns
+        tl.atomic_max(column_ptr + index, tl.max(bits, 0), mask=found, sem="relaxed")
+    else:
+        of_chunk = tl.max(tl.reshape(bits, (BM // CHUNK, CHUNK, BN)), 1)
+        chunks = tl.program_id(0) * (BM // CHUNK) + tl.arange(0, BM // CHUNK)
+        in_range = chunks < M_PADDED // CHUNK
+        groups = tl.load(group_ptr + chunks, mask=in_range, other=0)
+        index = groups[:, None].to(tl.int64) * N + columns[None, :]
+        found = in_range[:, None] & column_mask[None, :]
+        tl.atomic_max(column_ptr + index, of_chunk, mask=found, sem="relaxed")
+
+
+@triton.jit
+def quantize_groups_kernel(
+    x_ptr,
+    first_ptr,
+    end_ptr,
+    group_ptr,
+    row_amax_ptr,
+    column_amax_ptr,
+    data_ptr,
+    scale_ptr,
+    t_data_ptr,
+    t_scale_ptr,
+    M,
+    N,
+    M_PADDED,
+    GROUPS,
+    SCALES,
+    stride,
+    FLOAT8_EXPONENT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    WANT_ROW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Cast x (M, N) by the scales of its rows to data (M, N), and by those of the columns of each
+    group to t_data (N, M_PADDED), its transpose; the scales go to (M,) and (GROUPS, N), SCALES
+    in number.
+    """
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    padded = pid_m * BM + tl.arange(0, BM)
+    columns = pid_n * BN + tl.arange(0, BN)
+    in_range, column_mask = padded < M_PADDED, columns < N
+    rows, exist, group = _rows_of(first_ptr, end_ptr, group_ptr, padded, in_range, CHUNK)
+    mask = exist[:, None] & column_mask[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    if WANT_ROW:
+        bits = tl.load(row_amax_ptr + rows, mask=exist, other=0)
+        scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
+        _store_scale(scale_ptr, rows, M, scale, exist & (pid_n == 0), FORMAT)
+        scaled = (x * scale[:, None]).to(data_ptr.dtype.element_ty)
+        tl.store(data_ptr + rows[:, None] * N + columns[None, :], scaled, mask=mask)
+
+    # The scales: as there are at least GROUPS chunks, every group is in some program's share.
+    shared = pid_m * (BM // CHUNK) + tl.arange(0, BM // CHUNK)
+    wanted = (shared < GROUPS)[:, None] & column_mask[None, :]
+    index = shared[:, None].to(tl.int64) * N + columns[None, :]
+    t_scale = amax_to_scale(
+        tl.load(column_amax_ptr + index, mask=wanted, other=0), FLOAT8_EXPONENT, FORMAT
+    )
+    _store_scale(t_scale_ptr, index, SCALES, t_scale, wanted, FORMAT)
+
+    first, last = (
+        tl.min(tl.where(exist, group, 2147483647), 0),
+        tl.max(tl.where(exist, group, 0), 0),
+    )
+    if first >= last:  # one group, or no rows
+        bits = tl.load(column_amax_ptr + last.to(tl.int64) * N + columns, mask=column_mask, other=0)
+        scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)[None, :]
+    else:
+        index = group[:, None].to(tl.int64) * N + columns[None, :]
+        bits = tl.load(column_amax_ptr + index, mask=mask, other=0)
+        scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
+    offsets = columns[:, None].to(tl.int64) * M_PADDED + padded[None, :]
+    tl.store(
+        t_data_ptr + offsets,
+        tl.trans(scaled.to(t_data_ptr.dtype.element_ty)),
+        mask=column_mask[:, None] & in_range[None, :],
+    )
+
+
+@triton.jit
+def transpose_each_kernel(
+    x_ptr,
+    inverse_ptr,
+    new_scale_ptr,
+    out_ptr,
+    ROWS,
+    N,
+    stride,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Cast each of the matrices x (E * ROWS, N), scaled by rows, by new_scale (E, N) to the
+    transposes (E * N, ROWS); inverse (E * ROWS,) is 1 / what x was scaled by.
+    """
+    expert = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_mask, column_mask = rows < ROWS, columns < N
+    mask = row_mask[:, None] & column_mask[None, :]
+    offsets = (expert * ROWS + rows)[:, None] * stride + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    inverse = tl.load(inverse_ptr + expert * ROWS + rows, mask=row_mask, other=1.0)
+    scale = tl.load(new_scale_ptr + expert * N + columns, mask=column_mask, other=1.0)
+    scaled = x * inverse[:, None] * scale[None, :]
+    offsets = (expert * N + columns)[:, None] * ROWS + rows[None, :]
+    tl.store(
+        out_ptr + offsets,
+        tl.trans(scaled.to(out_ptr.dtype.element_ty)),
+        mask=column_mask[:, None] & row_mask[None, :],
+    )

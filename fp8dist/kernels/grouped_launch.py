@@ -1,0 +1,124 @@
+"""The Triton kernels for experts, launched; each function is the twin of one in
+`fp8dist.grouped_numerics` and gives the same bytes.
+"""
+
+import torch
+
+from fp8dist.config import COLUMN
+from fp8dist.grouped_numerics import padded_rows
+from fp8dist.kernels import grouped_kernels as kernels
+from fp8dist.kernels.launch import FLOAT8_EXPONENT
+from fp8dist.numerics import token_multiple
+
+CHUNK = token_multiple(COLUMN)
+# Rows and columns of a tile; BM is a multiple of CHUNK.
+_AMAX_TILE, _CAST_TILE = (64, 256), (128, 128)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def quantize_groups(
+    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op `fp8dist::quantize_groups`, see `grouped`; x is not empty. One pass for the amaxes and
+    one that casts in both orientations.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    (m, n), groups, device = x.shape, ends.numel(), x.device
+    m_padded = padded_rows(m, groups, CHUNK)
+    chunks = m_padded // CHUNK
+    new_ends = torch.empty_like(ends)
+    first, end, group = torch.empty((3, chunks), dtype=torch.int32, device=device).unbind()
+    kernels.chunks_kernel[(_cdiv(chunks, 64),)](
+        ends,
+        new_ends,
+        first,
+        end,
+        group,
+        groups,
+        chunks,
+        CHUNK=CHUNK,
+        BG=max(16, 1 << (groups - 1).bit_length()),
+        BC=64,
+        num_warps=4,
+    )
+    amaxes = torch.zeros(m * rows + groups * n, dtype=torch.int32, device=device)
+    row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
+    bm, bn = _AMAX_TILE
+    kernels.group_amaxes_kernel[_cdiv(m_padded, bm), _cdiv(n, bn)](
+        x,
+        first,
+        end,
+        group,
+        row_amaxes,
+        column_amaxes,
+        n,
+        m_padded,
+        x.stride(0),
+        WANT_ROW=rows,
+        CHUNK=CHUNK,
+        BM=bm,
+        BN=bn,
+        num_warps=8,
+    )
+    data = torch.empty((m, n) if rows else (0, 0), dtype=float8_dtype, device=device)
+    scale = torch.empty((2, m, 1) if rows else (0, 0), dtype=torch.float32, device=device)
+    t_data = torch.empty((n, m_padded), dtype=float8_dtype, device=device)
+    t_scale = torch.empty((2, groups, n), dtype=torch.float32, device=device)
+    bm, bn = _CAST_TILE
+    kernels.quantize_groups_kernel[_cdiv(m_padded, bm), _cdiv(n, bn)](
+        x,
+        first,
+        end,
+        group,
+        row_amaxes,
+        column_amaxes,
+        data,
+        scale,
+        t_data,
+        t_scale,
+        m,
+        n,
+        m_padded,
+        groups,
+        groups * n,
+        x.stride(0),
+        FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
+        FORMAT="power_of_2",
+        WANT_ROW=rows,
+        CHUNK=CHUNK,
+        BM=bm,
+        BN=bn,
+        num_warps=8,
+    )
+    return data, scale, t_data, t_scale, new_ends
+
+
+def transpose_each(
+    data: torch.Tensor, inverse: torch.Tensor, rows: int, new_scale: torch.Tensor
+) -> torch.Tensor:
+    """The op `fp8dist::transpose_each`, of data scaled by rows, for given scales of columns.
+
+    Args:
+        data: (E * rows, N), float8, rows contiguous.
+        inverse: (E * rows, 1), 1 / the scales of the rows.
+        new_scale: (E, N).
+    """
+    experts, n = data.size(0) // rows, data.size(1)
+    out = torch.empty((experts * n, rows), dtype=data.dtype, device=data.device)
+    kernels.transpose_each_kernel[_cdiv(rows, 128), _cdiv(n, 128), experts](
+        data,
+        inverse.contiguous(),
+        new_scale.contiguous(),
+        out,
+        rows,
+        n,
+        data.stride(0),
+        BM=128,
+        BN=128,
+        num_warps=4,
+    )
+    return out
