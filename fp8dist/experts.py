@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fp8dist import kernels, numerics
@@ -23,17 +22,16 @@ from fp8dist.tensors.weight_state import Edits, WeightState
 
 aten = torch.ops.aten
 
-_GROUPED_MM: tuple[Any, ...] = (F.grouped_mm, torch._grouped_mm)
-
 
 def _torch_function(
     cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
 ) -> Any:
     """Answers grouped matmuls whose second operand is the weight of experts."""
     kwargs = kwargs or {}
-    if func in _GROUPED_MM:
-        weight = args[1] if len(args) > 1 else kwargs.get("mat_b", kwargs.get("mat2"))
-        if isinstance(weight, Float8Experts | Float8ShardedExperts):
+    # By name, which the compiler follows in all versions: F.grouped_mm and torch._grouped_mm.
+    if func.__name__ in ("grouped_mm", "_grouped_mm"):
+        weight = args[1] if len(args) > 1 else kwargs.get("mat_b")
+        if isinstance(weight, (Float8Experts, Float8ShardedExperts)):
             return _grouped_mm(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

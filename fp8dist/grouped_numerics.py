@@ -90,7 +90,9 @@ def quantize_groups(
         return ScaledGroups(scaled.data, scaled.scale, new_ends, block[0])
     group = group_of_rows(new_ends, padded.size(0))
     amaxes = torch.zeros(ends.numel(), x.size(1), device=x.device)
-    amaxes.scatter_reduce_(0, group[:, None].expand_as(padded), padded.abs().float(), "amax")
+    of_chunks = numerics.amax(padded, (multiple, 1)).float()  # each within a group
+    group_of_chunks = group[::multiple, None].expand_as(of_chunks)
+    amaxes.scatter_reduce_(0, group_of_chunks, of_chunks, "amax")
     scale = numerics.amax_to_scale(amaxes, float8_dtype, scale_format)
     data = numerics.cast(padded, scale[group], float8_dtype).t()
     return ScaledGroups(data, scale, new_ends, WHOLE)

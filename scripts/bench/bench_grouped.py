@@ -8,7 +8,8 @@ and all casts of tokens and gradients; the weights are there already, as FSDP2 l
 
     bf16                   F.grouped_mm
     torchao:rowwise        torchao's, which casts weights in forward and in backward; on GPUs only
-    fp8dist:RECIPE         fp8dist, weights as they arrive from a float8 all-gather
+    fp8dist:RECIPE[+fa]    fp8dist, weights as they arrive from a float8 all-gather; +fa: fast
+                           accumulation in all three matmuls, as torchao's
     alone:RECIPE           of fp8dist the three matmuls, of operands that are cast already
 
 With --layer: router, shuffle, SwiGLU experts, one forward, backward and what follows an optimizer's
@@ -108,12 +109,19 @@ def ends_of(shape: Shape) -> torch.Tensor:
     return ends.to(DEVICE)
 
 
-def arrived(weight: torch.Tensor, recipe: str) -> Float8Experts:
+def parse(variant: str) -> tuple[str, str, bool]:
+    """Library, recipe, and whether all three matmuls accumulate fast."""
+    library, _, recipe = variant.partition(":")
+    return library, recipe.removesuffix("+fa"), recipe.endswith("+fa")
+
+
+def arrived(weight: torch.Tensor, recipe: str, fast_accum: bool = False) -> Float8Experts:
     """Weights of experts as FSDP2 leaves them after its float8 all-gather."""
     root = nn.Module()
     root.experts = nn.Module()
     root.experts.weight = nn.Parameter(weight)
-    fp8dist.convert_moe_to_float8_training(root, config=recipe)
+    config = fp8dist.Float8Config(recipe, fast_accum=True if fast_accum else None)
+    fp8dist.convert_moe_to_float8_training(root, config=config)
     fully_shard(root.experts, mesh=init_device_mesh(DEVICE, (1,)))
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(root)
     root.experts.unshard()
@@ -122,7 +130,7 @@ def arrived(weight: torch.Tensor, recipe: str) -> Float8Experts:
 
 def matmul_of(variant: str, weight: torch.Tensor) -> tuple[torch.Tensor, Callable[..., Any]]:
     """The parameter, (E, N, K), and the function of (tokens, parameter, ends)."""
-    library, _, recipe = variant.partition(":")
+    library, recipe, fast_accum = parse(variant)
     if library == "bf16":
         return nn.Parameter(weight), lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)
     if library == "torchao":
@@ -132,7 +140,7 @@ def matmul_of(variant: str, weight: torch.Tensor) -> tuple[torch.Tensor, Callabl
 
         ours = functools.partial(theirs, pad_token_groups_for_grouped_mm=False)
         return nn.Parameter(weight), lambda x, w, ends: ours(x, w.mT, ends)
-    return arrived(weight, recipe), lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)
+    return arrived(weight, recipe, fast_accum), lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)
 
 
 def forward_and_backward(
@@ -241,9 +249,10 @@ class Layer:
         with torch.device("meta"):
             self.model = nn.Module()
             self.model.moe = MoE(shape.k, sizes, nn.Identity())
-        _, _, recipe = variant.partition(":")
+        _, recipe, fast_accum = parse(variant)
         if recipe:
-            fp8dist.convert_moe_to_float8_training(self.model, config=recipe)
+            config = fp8dist.Float8Config(recipe, fast_accum=True if fast_accum else None)
+            fp8dist.convert_moe_to_float8_training(self.model, config=config)
         mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         self.moe = fully_shard(
@@ -348,7 +357,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.variants is None:
         torchao = ["torchao:rowwise"] if CUDA else []
-        matmuls = ["bf16", *torchao, "fp8dist:rowwise", "alone:rowwise"]
+        matmuls = ["bf16", *torchao, "fp8dist:rowwise", "fp8dist:rowwise+fa", "alone:rowwise"]
         options.variants = ["bf16", "fp8dist:rowwise"] if options.layer else matmuls
     else:
         options.variants = options.variants.split(",")

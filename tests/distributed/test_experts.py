@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -318,6 +318,7 @@ def test_reuse_changes_nothing(recipe: str, world: int) -> None:
         ({"reshard_after_forward": False}, {}, False),
         ({}, {"cache_payload": False}, False),
         ({}, {}, True),
+        ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}, False),
     ]
     first, *others = (run_on_ranks(world, trained, recipe, *variant) for variant in variants)
     for other in others:

@@ -13,7 +13,7 @@ SHAPE = "96x64x96x4"
 
 
 def test_matmuls(tmp_path: Path) -> None:
-    variants = ["bf16", "fp8dist:rowwise", "fp8dist:mxfp8_rceil", "alone:rowwise"]
+    variants = ["bf16", "fp8dist:rowwise+fa", "fp8dist:mxfp8_rceil", "alone:rowwise"]
     run = run_program(
         "bench_grouped",
         f"--shapes={SHAPE},48x32x32x3",
