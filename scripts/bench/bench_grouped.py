@@ -12,10 +12,10 @@ and all casts of tokens and gradients; the weights are there already, as FSDP2 l
                            accumulation in all three matmuls, as torchao's
     alone:RECIPE           of fp8dist the three matmuls, of operands that are cast already
 
-With --layer: router, shuffle, SwiGLU experts, one forward, backward and what follows an optimizer's
-step, on the ranks of torchrun; bf16 and fp8dist:RECIPE. Printed is also the ratio that the bytes on
-the wire alone would allow. With more ranks than GPUs these weigh as on a slow network; see
-bench_step.py.
+With --layer: router, shuffle, SwiGLU experts, compiled; one forward, backward and what follows an
+optimizer's step, on the ranks of torchrun; bf16 and fp8dist:RECIPE. Printed is also the ratio that
+the bytes on the wire alone would allow. With more ranks than GPUs these weigh as on a slow network;
+see bench_step.py.
 
 The numbers of tokens are drawn around an equal share, in multiples of 16, which torchao asks for.
 All three results are checked against those of bf16 before they are timed. --shapes takes rows of
@@ -244,7 +244,8 @@ def check_results(found: Results, expected: Results) -> list[float]:
 class Layer:
     """Experts as a training job has them, sharded over all ranks, and a batch."""
 
-    def __init__(self, variant: str, shape: Shape, top_k: int) -> None:
+    def __init__(self, variant: str, shape: Shape, top_k: int, compiled: bool) -> None:
+        torch._dynamo.reset()
         sizes = MoEShape(shape.e, top_k, shape.n)
         with torch.device("meta"):
             self.model = nn.Module()
@@ -253,6 +254,8 @@ class Layer:
         if recipe:
             config = fp8dist.Float8Config(recipe, fast_accum=True if fast_accum else None)
             fp8dist.convert_moe_to_float8_training(self.model, config=config)
+        if compiled:
+            self.model.moe.compile(fullgraph=True, dynamic=False)
         mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         self.moe = fully_shard(
@@ -294,14 +297,14 @@ class Layer:
 
 
 def measure_layer(
-    shape: Shape, variants: Sequence[str], top_k: int, calls: int
+    shape: Shape, variants: Sequence[str], options: argparse.Namespace
 ) -> tuple[list[Row], bool]:
     """The rows of a layer, and whether all results were right."""
     rows: list[Row] = []
     expected: Results | None = None
     right = True
     for variant in variants:
-        layer = Layer(variant, shape, top_k)
+        layer = Layer(variant, shape, options.top_k, not options.no_compile)
         layer.step()
         try:
             found = layer.results()
@@ -309,7 +312,7 @@ def measure_layer(
             decibels = check_results(found, expected)
             del found
             sent = layer.bytes_on_the_wire()
-            seconds = median_seconds(layer.step, calls=calls)
+            seconds = median_seconds(layer.step, calls=options.calls)
         except WrongResult as error:
             print_once(f"{shape}: {variant} is not timed: {error}")
             right = False
@@ -353,6 +356,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layer", action="store_true", help="a layer under FSDP2")
     parser.add_argument("--top-k", type=int, default=1, help="of --layer; default 1")
     parser.add_argument("--calls", type=int, default=20, help="timed, of --layer; default 20")
+    parser.add_argument("--no-compile", action="store_true", help="run --layer eagerly")
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
     options = parser.parse_args(arguments)
     if options.variants is None:
@@ -379,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     right = True
     for shape in options.shapes:
         if options.layer:
-            found, ok = measure_layer(shape, options.variants, options.top_k, options.calls)
+            found, ok = measure_layer(shape, options.variants, options)
         else:
             found, ok = measure_matmuls(shape, options.variants)
         rows, right = rows + found, right and ok

@@ -37,6 +37,7 @@ def test_a_layer_on_two_ranks(tmp_path: Path) -> None:
     run = run_program(
         "bench_grouped",
         "--layer",
+        "--no-compile",
         f"--shapes={SHAPE}",
         "--top-k=2",
         "--calls=2",
