@@ -1,14 +1,12 @@
 """Experts as models write them, and what one plain float8 layer per expert makes of them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fp8dist import Float8Config, numerics
-from fp8dist.config import Block, Recipe
+from fp8dist import Float8Config
 from fp8dist.linear import Float8Linear
 
 EXPERTS, DIM, HIDDEN = 4, 64, 96
@@ -105,17 +103,3 @@ def one_linear_per_expert(
         grad_inputs.append(leaf.grad)
         grad_weights.append(layer.weight.grad)
     return torch.cat(outputs), torch.cat(grad_inputs), torch.stack(grad_weights)
-
-
-def rescaled(weight: torch.Tensor, block: Block, recipe: Recipe, arrived: bool) -> torch.Tensor:
-    """The value of (N, K) as the matmul that contracts N sees it, by `numerics` alone."""
-    if not arrived:
-        scaled = numerics.quantize(weight, block, recipe.weight_dtype, recipe.scale_format)
-        return numerics.dequantize(scaled.data, scaled.scale)
-    first = numerics.quantize(weight, recipe.weight, recipe.weight_dtype, recipe.scale_format)
-    new_scale: Any = None
-    if recipe.scale_format != "e8m0":
-        amax = numerics.amax(weight, block)
-        new_scale = numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format)
-    scaled = numerics.rescale_transposed(first, block, new_scale, recipe.scale_format).t()
-    return numerics.dequantize(scaled.data, scaled.scale)
