@@ -26,10 +26,15 @@ def init_distributed(job: JobConfig) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     try:
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # After a restart torchrun's store still has the addresses of the ranks before, and
+                # these would be called. (Of several machines each counts its own restarts.)
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
         else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store, rank, world = dist.HashStore(), 0, 1
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         port = os.environ.get("MASTER_PORT")
         raise ValueError(

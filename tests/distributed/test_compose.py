@@ -66,8 +66,9 @@ def check_step(
     for name, expected in reference.weights_after(whole).items():
         error = (whole.after[name].float() - expected.float()).abs().max().item()
         assert error <= weight_tolerance(case, number, name, expected), (number, name)
-        trained = name in gradients
-        assert whole.after[name].equal(whole.before[name]) != trained, (number, name)
+        # A step may be too small for bfloat16, but not everywhere in a large weight.
+        if name not in gradients or expected.dim() == 2:
+            assert whole.after[name].equal(whole.before[name]) == (name not in gradients)
     if case["evaluation"] != "none":
         evaluated = reference.evaluation(number, whole.after)
         for rank, step in enumerate(by_rank):
