@@ -302,6 +302,26 @@ def test_compiled_in_one_graph(recipe: str) -> None:
         torch.testing.assert_close(of_graph, eager)
 
 
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    counts = [5, 0, 37, 16]
+    parameter = nn.Parameter(
+        Float8ShardedExperts(
+            torch.randn(EXPERTS, HIDDEN, DIM, device="cuda").bfloat16(),
+            Float8Config("rowwise"),
+            "weight",
+        )
+    )
+    x, ends = tokens(counts).bfloat16().cuda().requires_grad_(), offsets(counts).cuda()
+    grad = tokens(counts, HIDDEN).bfloat16().cuda()
+    for mode in ("default", "error"):  # kernels are compiled the first time
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            F.grouped_mm(x, parameter.transpose(-2, -1), offs=ends).backward(grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # --- refusals
 
 
