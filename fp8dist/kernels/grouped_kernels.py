@@ -90,9 +90,10 @@ def group_amaxes_kernel(
         tl.max(tl.where(exist, group, 0), 0),
     )
     if first >= last:  # one group, or no rows
-        found = (first == last) & column_mask
-        index = last.to(tl.int64) * N + columns
-        tl.atomic_max(column_ptr + index, tl.max(bits, 0), mask=found, sem="relaxed")
+        # Names of its own: Triton wants those of both branches to be of one type.
+        of_group = column_ptr + last.to(tl.int64) * N + columns
+        exists = (first == last) & column_mask
+        tl.atomic_max(of_group, tl.max(bits, 0), mask=exists, sem="relaxed")
     else:
         of_chunk = tl.max(tl.reshape(bits, (BM // CHUNK, CHUNK, BN)), 1)
         chunks = tl.program_id(0) * (BM // CHUNK) + tl.arange(0, BM // CHUNK)
@@ -161,16 +162,17 @@ def quantize_groups_kernel(
         tl.max(tl.where(exist, group, 0), 0),
     )
     if first >= last:  # one group, or no rows
-        bits = tl.load(column_amax_ptr + last.to(tl.int64) * N + columns, mask=column_mask, other=0)
-        scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)[None, :]
+        of_group = column_amax_ptr + last.to(tl.int64) * N + columns
+        amax = tl.load(of_group, mask=column_mask, other=0)
+        t_scaled = x * amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)[None, :]
     else:
-        index = group[:, None].to(tl.int64) * N + columns[None, :]
-        bits = tl.load(column_amax_ptr + index, mask=mask, other=0)
-        scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
+        of_rows = column_amax_ptr + group[:, None].to(tl.int64) * N + columns[None, :]
+        amaxes = tl.load(of_rows, mask=mask, other=0)
+        t_scaled = x * amax_to_scale(amaxes, FLOAT8_EXPONENT, FORMAT)
     offsets = columns[:, None].to(tl.int64) * M_PADDED + padded[None, :]
     tl.store(
         t_data_ptr + offsets,
-        tl.trans(scaled.to(t_data_ptr.dtype.element_ty)),
+        tl.trans(t_scaled.to(t_data_ptr.dtype.element_ty)),
         mask=column_mask[:, None] & in_range[None, :],
     )
 

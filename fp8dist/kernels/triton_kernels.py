@@ -87,7 +87,7 @@ def _raise_amaxes(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         if BY_ROW:
             inverse = tl.load(inverse_ptr + rows, mask=row_mask, other=1.0)
-            x = x.to(tl.float32) * inverse[:, None]
+            x = tl.where(mask, x.to(tl.float32) * inverse[:, None], 0.0)  # see `quantize_kernel`
         bits = _abs_bits(x)
         most = tl.maximum(most, bits)
         if WANT_ROW:
@@ -225,6 +225,8 @@ def quantize_kernel(
         )
         x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // X_BLOCK, X_BLOCK))
         x = x * tl.reshape(x_inverse, (BM, BN))
+    if X_INVERSE != "none":
+        x = tl.where(mask, x, 0.0)  # float8 that was masked may be another number
 
     if KIND != "none":
         if KIND == "tensor":
