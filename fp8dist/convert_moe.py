@@ -22,7 +22,7 @@ RECIPES_OF_EXPERTS = ("rowwise", "mxfp8_rceil")
 
 
 def convert_moe_to_float8_training(
-    module: nn.Module, *, config: Any = "rowwise", fqns: Sequence[str] = ("experts",)
+    module: nn.Module, *, config: Any = None, fqns: Sequence[str] | None = None
 ) -> nn.Module:
     """Make the experts of a model compute and, under FSDP2, communicate in float8.
 
@@ -36,10 +36,10 @@ def convert_moe_to_float8_training(
     Args:
         module: a model; changed in place.
         config: a `Float8Config` of recipe "rowwise" or "mxfp8" (`enable_fsdp_float8_all_gather`
-            cannot be turned off), or the name of one of these.
+            cannot be turned off), or the name of one of these; None for "rowwise".
         fqns: parts of fully qualified names of modules; those whose name contains one have their
             3-D parameters converted, (E, N, K) or (E, K, N) for E experts. Their other parameters
-            stay in high precision.
+            stay in high precision. None stands for ["experts"].
 
     Returns:
         module.
@@ -55,7 +55,7 @@ def convert_moe_to_float8_training(
     owners = parameter_owners(module)
     chosen: dict[str, tuple[nn.Module, str]] = {}
     left_alone: dict[str, list[str]] = defaultdict(list)
-    for part in fqns:
+    for part in ("experts",) if fqns is None else fqns:
         for fqn, owner, name in _weights_under(module, part):
             if reason := _cannot_convert(getattr(owner, name), owners):
                 if fqn not in left_alone[reason]:
@@ -76,7 +76,7 @@ def convert_moe_to_float8_training(
 
 
 def _config_of_experts(config: Any) -> Float8Config:
-    float8_config = as_config(config)
+    float8_config = as_config("rowwise" if config is None else config)
     if float8_config.recipe.name not in RECIPES_OF_EXPERTS:
         raise ValueError(
             f"recipe {float8_config.recipe_name!r} is not for experts: use "

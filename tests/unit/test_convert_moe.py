@@ -43,6 +43,13 @@ def test_biases_stay_in_high_precision() -> None:
     assert converted(model) == ["experts.gate_up_proj", "experts.down_proj"]
 
 
+def test_defaults() -> None:
+    model = new_model()
+    fp8dist.convert_moe_to_float8_training(model, config=None, fqns=None)
+    assert converted(model) == ["experts.w1", "experts.w3", "experts.w2"]
+    assert model.experts.w1.config == Float8Config("rowwise")
+
+
 @pytest.mark.parametrize("config", ["mxfp8", "mxfp8_rceil", Float8Config("mxfp8")])
 def test_the_config_reaches_the_weights(config: Any) -> None:
     model = new_model()
