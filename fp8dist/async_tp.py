@@ -3,15 +3,7 @@
 It is on with `torch._inductor.config._micro_pipeline_tp` and symmetric memory for the group.
 """
 
-from torch._guards import TracingContext
-
-
-def is_tracing() -> bool:
-    """Whether the compiler is tracing ops, also in a function that it takes as it is.
-
-    There `torch.compiler.is_compiling` is False.
-    """
-    return TracingContext.try_get() is not None
+from fp8dist.tracing import is_tracing
 
 
 def is_on() -> bool:

@@ -16,7 +16,6 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
-from fp8dist import async_tp
 from fp8dist.config import RECIPES, TENSOR, Recipe
 from fp8dist.linear import Float8Linear, autocast
 from fp8dist.tensors.float8_activation import (
@@ -26,6 +25,7 @@ from fp8dist.tensors.float8_activation import (
     gather_activation,
 )
 from fp8dist.tensors.placement import check_part
+from fp8dist.tracing import is_tracing
 
 # [Note: activations in float8]
 # An activation that is cut along its tokens is cast before it is gathered, so that float8 crosses
@@ -88,7 +88,7 @@ class _GatherInput(torch.autograd.Function):
             local, recipe.input, recipe.input_dtype, recipe.scale_format, cut.group_name
         )
         out = gather_activation(cast, cut, local.detach() if again else None)
-        if again and not async_tp.is_tracing() and not local.is_inference():
+        if again and not is_tracing() and not local.is_inference():
             out._again.version = local._version
         return DTensor.from_local(out, ctx.mesh, (Replicate(),), run_check=False)
 

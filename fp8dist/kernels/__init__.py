@@ -8,6 +8,7 @@ from fp8dist import numerics
 from fp8dist.config import COLUMN, ROW, TENSOR, WHOLE, Block, ScaleFormat
 from fp8dist.kernels import ops
 from fp8dist.numerics import AmaxPart, CastPart, Scaled
+from fp8dist.tracing import is_tracing
 
 
 def quantize_both(
@@ -23,23 +24,18 @@ def quantize_both(
         return None, None
     one = block is None or transposed_block is None
     # Without kernels and the compiler, which may fail to fuse it, one orientation may be a view.
-    as_view = one and not ops.has_kernels(x) and not _is_traced()
+    as_view = one and not ops.has_kernels(x) and not is_tracing()
     # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless the
     # float8 all-gather is off.
     if as_view or (128, 128) in (block, transposed_block):
         return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
-    amax, fusible = None, ops.has_kernels(x) and _is_traced()
+    amax, fusible = None, ops.has_kernels(x) and is_tracing()
     # What the compiler does where it computes x saves reading x once more.
     if fusible and (block, transposed_block) == (ROW, None):
         return numerics.quantize_both(x, block, None, float8_dtype, scale_format)
     if fusible and {block, transposed_block} <= {TENSOR, None}:
         amax = numerics.amax(numerics.amax(x, ROW), TENSOR).float()
     return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, amax, after)
-
-
-def _is_traced() -> bool:
-    # torch 2.11 takes `torch.compiler.is_compiling()` for false where autograd is traced.
-    return torch._guards.TracingContext.try_get() is not None
 
 
 def quantize(

@@ -90,6 +90,9 @@ def quantize(
             STEPS=steps,
             num_warps=warps,
         )
+    # Left alone, ptxas takes 156 registers for two orientations of blocks, and a multiprocessor has
+    # those of one program only.
+    registers = {"maxnreg": 128} if (a, b) == ((1, 128), (128, 1)) else {}
     kernels.quantize_kernel[_cdiv(m_padded, 128), _cdiv(n, 128)](
         x,
         x if x_inverse is None else x_inverse,
@@ -115,6 +118,7 @@ def quantize(
         BM=128,
         BN=128,
         num_warps=4 if given else 8,
+        **registers,
     )
     return data, scale, t_data, t_scale
 

@@ -44,9 +44,9 @@ def _amaxes_of_whole(
     amaxes = [numerics.amax(weight, block).float() for block in blocks]
     cut = [i for i, block in enumerate(blocks) if block[dim] == WHOLE]
     if cut:
-        # On the int32 view, see `precompute.all_reduce_amaxes`; a copy, as the compiler of torch 2.11
-        # fails to communicate a view of that kind.
-        flat = torch.cat([amaxes[i].flatten() for i in cut]).view(torch.int32).clone()
+        # On the int32 view, see `precompute.all_reduce_amaxes`. None is negative, but the compiler of
+        # torch 2.11 fails to communicate a view of that kind with nothing done to it.
+        flat = torch.cat([amaxes[i].flatten() for i in cut]).view(torch.int32).clamp(min=0)
         reduced = funcol.all_reduce(flat, "max", group_name)  # type: ignore[arg-type]
         flat = funcol.wait_tensor(reduced).view(torch.float32)
         counts = [math.prod(amaxes[i].shape) for i in cut]

@@ -7,7 +7,7 @@ from torch._inductor import config
 
 from fp8dist import async_tp
 
-found: list[tuple[bool, bool, bool, bool]] = []
+found: list[tuple[bool, bool, bool]] = []
 
 
 @torch._dynamo.allow_in_graph
@@ -17,7 +17,7 @@ class Ask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
         groups = [async_tp.is_on_for(name) for name in ("overlapped", "other")]
-        found.append((async_tp.is_tracing(), async_tp.is_on(), *groups))
+        found.append((async_tp.is_on(), *groups))
         return x + 1
 
     @staticmethod
@@ -32,7 +32,7 @@ def test_is_on_where_a_graph_is_traced_for_a_group_with_symmetric_memory(enabled
     x = torch.ones(2, requires_grad=True)
     with config.patch(_micro_pipeline_tp=enabled), symmetric_memory._test_mode({"overlapped"}):
         Ask.apply(x)
-        assert found == [(False, False, False, False)]
+        assert found == [(False, False, False)]
         torch.compile(Ask.apply, backend="aot_eager", fullgraph=True)(x)
     assert len(found) > 1
-    assert set(found[1:]) == {(True, enabled, enabled, False)}
+    assert set(found[1:]) == {(enabled, enabled, False)}

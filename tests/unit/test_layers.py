@@ -15,6 +15,7 @@ LAYERS = [
     "numerics",
     "grouped_numerics",
     "hardware",
+    "tracing",
     "async_tp",
     "kernels",
     "matmul",
