@@ -28,7 +28,16 @@ class Soaked:
 
 def soak(recipe: str, steps: int) -> Soaked:
     """On every rank: AdamW, clipping, two microbatches, recomputed activations, an evaluation and a
-    state dict now and then."""
+    state dict now and then. With deterministic algorithms, for a repetition to be one."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return _soak(recipe, steps)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _soak(recipe: str, steps: int) -> Soaked:
     model = convert(new_model(layers=1, recompute=True), recipe)
     shard(model, mesh_of(dist.get_world_size()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -54,7 +54,7 @@ def in_float8(recipe: str, where: str, what: str) -> tuple[Results, list[str]]:
     with torch.no_grad():
         layer.weight.copy_(x["weight"])
     model = nn.Sequential(nn.Linear(K, K, bias=False, device=DEVICE), layer)
-    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
+    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe))
     fully_shard(model, mesh=mesh_of(dist.get_world_size()))
     with warnings_of_the_library() as messages:
         fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
@@ -119,7 +119,7 @@ def optimizer_steps(recipe: str) -> list[float]:
     model = nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, K)).to(DEVICE)
     with torch.no_grad():
         model[2].weight.zero_()
-    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
+    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe))
     fully_shard(model, mesh=mesh_of(dist.get_world_size()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fp8dist.register_precompute_hook(optimizer, model)

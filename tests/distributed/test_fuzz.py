@@ -5,12 +5,16 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.distributed import fuzz
 from tests.distributed.fuzz import FuzzCase, cases, failure_of
-from tests.distributed.harness import UNDER_TORCHRUN
+from tests.distributed.harness import DEVICE, UNDER_TORCHRUN
+
+pytestmark = [
+    pytest.mark.skipif(UNDER_TORCHRUN, reason="cases say how many ranks they need"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's matmul of other strides rounds otherwise"),
+]
 
 
-@pytest.mark.skipif(UNDER_TORCHRUN, reason="cases say how many ranks they need")
 @settings(
-    max_examples=30,
+    max_examples=20,
     derandomize=True,
     database=None,
     deadline=None,
@@ -22,7 +26,6 @@ def test_random_cases(case: FuzzCase) -> None:
     assert failure_of(case) is None
 
 
-@pytest.mark.skipif(UNDER_TORCHRUN, reason="cases say how many ranks they need")
 def test_a_wrong_gather_is_found() -> None:
     """The comparison sees what it is to see: a reference that is another."""
     case = FuzzCase(mesh=(2,), sizes=(32, 48, 16), tokens=5)
