@@ -3,6 +3,7 @@
 This file is the specification. What runs on an accelerator must give the same bytes.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -205,8 +206,16 @@ class CastPart(NamedTuple):
 
 def cast_into(parts: Sequence[CastPart]) -> None:
     """out = cast(x, scale), for parts of matrices."""
-    for part in parts:
-        part.out.copy_(cast(part.x, _local_scale(part), part.out.dtype))
+    for x, scale, out in ((part.x, _local_scale(part), part.out) for part in parts):
+        # What is in between fits the cache of a CPU, which is several times faster.
+        on_cpu = x.device.type == "cpu"
+        rows = max(1, _CACHED // x.size(1)) if on_cpu else x.size(0)
+        scales = scale.split(rows) if scale.size(0) > 1 else itertools.repeat(scale)
+        for from_x, scale_of_rows, to in zip(x.split(rows), scales, out.split(rows), strict=False):
+            to.copy_(cast(from_x, scale_of_rows, out.dtype))
+
+
+_CACHED = 2**16  # elements
 
 
 def _local_scale(part: CastPart) -> torch.Tensor:
