@@ -16,6 +16,7 @@ from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
 from fp8dist.grouped_numerics import ScaledGroups
 from fp8dist.kernels import grouped
 from fp8dist.numerics import Scaled
+from fp8dist.tensors.compiler_cache import hash_for_caching
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, gathered_data, scales_by_use
 from fp8dist.tensors.weight_state import Edits, WeightState
@@ -56,6 +57,7 @@ class Float8Experts(Float8Tensor):
     transposed: bool
 
     __torch_function__: Any = classmethod(_torch_function)
+    _stable_hash_for_caching = hash_for_caching
 
     @staticmethod
     def __new__(  # type: ignore[override]
@@ -167,6 +169,7 @@ class Float8ShardedExperts(Float8ShardedWeight):
     parameter_name: str
 
     __torch_function__: Any = classmethod(_torch_function)
+    _stable_hash_for_caching = hash_for_caching
 
     @staticmethod
     def __new__(  # type: ignore[override]

@@ -302,6 +302,23 @@ def test_compiled_in_one_graph(recipe: str) -> None:
         torch.testing.assert_close(of_graph, eager)
 
 
+def test_the_compilers_cache_tells_weights_apart() -> None:
+    sharded = Float8ShardedExperts(torch.randn(2, 32, 32), Float8Config("rowwise"), "weight")
+    weight = arrived(torch.randn(2, 32, 32), "rowwise")
+    others = [
+        sharded,
+        sharded.bfloat16(),
+        Float8ShardedExperts(sharded._tensor, Float8Config("mxfp8"), "weight"),
+        weight,
+        weight.bfloat16(),
+        weight.mT,
+        arrived(torch.randn(2, 32, 32), "mxfp8_rceil"),
+    ]
+    hashes = [other._stable_hash_for_caching() for other in others]
+    assert len(set(hashes)) == len(others)
+    assert hashes[3] == arrived(torch.randn(2, 32, 32), "rowwise")._stable_hash_for_caching()
+
+
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device() -> None:
     counts = [5, 0, 37, 16]
