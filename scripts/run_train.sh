@@ -5,6 +5,8 @@
 #                 (default: scripts/configs/debugmodel.toml)
 #   NGPU          ranks on this node (default: one per visible GPU; without GPUs 2, on the CPU)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several nodes; run this on each of them
+#   MAX_RESTARTS  how often ranks are started again after one has died (default: 0); with
+#                 --checkpoint.enable they go on from the last checkpoint
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -30,6 +32,8 @@ fi
 if ((gpus > 0)); then ranks=${NGPU:-$gpus}; else ranks=${NGPU:-2}; fi
 nodes=${NNODES:-1}
 node=${NODE_RANK:-0}
+restarts=${MAX_RESTARTS:-0}
+[[ $restarts =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$restarts: a number is needed."
 for pair in "NGPU=$ranks" "NNODES=$nodes"; do
   [[ ${pair#*=} =~ ^[1-9][0-9]*$ ]] || die "$pair: a positive number is needed."
 done
@@ -64,9 +68,12 @@ fi
 # Connection attempts that are retried are no news; errors are.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
+# Ranks that are started again would find the addresses of those before them in a shared store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+
 # Only the node with NODE_RANK=0 hosts the rendezvous; the others wait for it.
 exec "$python" -m torch.distributed.run \
-  --nnodes "$nodes" --nproc-per-node "$ranks" \
+  --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$restarts" \
   --rdzv-backend c10d --rdzv-endpoint "$host:$port" --rdzv-id fp8dist \
   --rdzv-conf "is_host=$((node == 0)),read_timeout=600" \
   -m fp8dist.train --job.config_file "$config" "$@"

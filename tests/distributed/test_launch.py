@@ -85,6 +85,13 @@ def test_node_without_address_is_refused() -> None:
     assert "MASTER_ADDR" in printed
 
 
+def test_restarts_that_are_no_number_are_refused() -> None:
+    process = start(MAX_RESTARTS="often")
+    printed = finish(process)
+    assert process.returncode != 0
+    assert "MAX_RESTARTS=often: a number is needed" in printed
+
+
 def test_taken_port_is_refused() -> None:
     with socket.create_server(("", 0)) as holder:
         port = holder.getsockname()[1]
