@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
-from fp8dist.config import RECIPES, TENSOR, Recipe
+from fp8dist.config import HP_DTYPES, RECIPES, TENSOR, Recipe
 from fp8dist.linear import Float8Linear, autocast
 from fp8dist.tensors.float8_activation import (
     Cut,
@@ -124,13 +124,19 @@ class _CastGradient(torch.autograd.Function):
 
 
 def _as_dtensor(
-    input: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]
+    input: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], name: str
 ) -> DTensor:
-    if isinstance(input, DTensor):
+    if isinstance(input, DTensor) and input.device_mesh != mesh:
+        raise ValueError(
+            f"{name}: its input is a DTensor on {input.device_mesh}, tensor parallelism is over "
+            f"{mesh}: pass a DTensor on that, or the local part"
+        )
+    if not isinstance(input, DTensor):
+        input = DTensor.from_local(input, mesh, placements, run_check=False)
+    if isinstance(input._local_tensor, Float8Activation) or input.dtype not in HP_DTYPES:
         return input
-    if not isinstance(input, Float8Activation):
-        input = autocast(input)  # before it is cast to float8
-    return DTensor.from_local(input, mesh, placements, run_check=False)
+    out: Any = autocast(input)
+    return out
 
 
 def _like(whole: DTensor, local: torch.Tensor) -> DTensor:
@@ -147,12 +153,10 @@ def _like(whole: DTensor, local: torch.Tensor) -> DTensor:
 
 def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     """Cast the local part, unless it arrives cast."""
-    local = input.to_local()
+    local, group_name = input.to_local(), input.device_mesh.get_group().group_name
     if isinstance(local, Float8Activation):
         return input
-    group_name = input.device_mesh.get_group().group_name
-    cast = _CastInput.apply(local, recipe.name, group_name)
-    return _like(input, cast)
+    return _like(input, _CastInput.apply(local, recipe.name, group_name))
 
 
 def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
@@ -175,13 +179,17 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
 
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
-    local = _CastGradient.apply(output.to_local(), recipe.name, group_name)
-    return _like(output, local)
+    return _like(output, _CastGradient.apply(output.to_local(), recipe.name, group_name))
 
 
-def _check_cast(layer: Float8Linear, input: DTensor) -> None:
-    """That an input which arrives cast is what the layer's recipe multiplies."""
+def _check_input(layer: Float8Linear, input: DTensor) -> None:
+    """That it is what the layer takes and, if it arrives cast, what its recipe multiplies."""
     local, recipe = input._local_tensor, layer.config.recipe
+    if local.dtype not in HP_DTYPES or input.size(-1) != layer.in_features:
+        raise ValueError(
+            f"{layer._name()}: the whole input is {tuple(input.shape)} of {local.dtype}: pass "
+            f"in_features={layer.in_features} last, in float32, bfloat16 or float16"
+        )
     if isinstance(local, Float8Activation) and local._block != recipe.input:
         raise ValueError(
             f"{layer._name()}: its input was cast for another recipe than {recipe.name!r}: give "
@@ -241,9 +249,9 @@ class Float8ColwiseParallel(ColwiseParallel):
         inputs: tuple[torch.Tensor, ...],
         device_mesh: DeviceMesh,
     ) -> torch.Tensor:
-        input = _as_dtensor(inputs[0], device_mesh, input_layouts)
+        input = _as_dtensor(inputs[0], device_mesh, input_layouts, mod._name())
         recipe = mod.config.recipe
-        _check_cast(mod, input)
+        _check_input(mod, input)
         if _on_tokens(input.placements, input):
             return _gather_input(input, recipe, mod.gather_input_again)
         if input.placements != desired_input_layouts:
@@ -290,7 +298,8 @@ class Float8RowwiseParallel(RowwiseParallel):
         inputs: tuple[torch.Tensor, ...],
         device_mesh: DeviceMesh,
     ) -> DTensor:
-        input = _as_dtensor(inputs[0], device_mesh, input_layouts)
+        input = _as_dtensor(inputs[0], device_mesh, input_layouts, mod._name())
+        _check_input(mod, input)
         if input.placements != desired_input_layouts:
             input = input.redistribute(placements=desired_input_layouts)
         if mod.config.recipe.input == TENSOR:
@@ -322,7 +331,8 @@ class Float8RowwiseParallel(RowwiseParallel):
 class PrepareFloat8ModuleInput(PrepareModuleInput):
     """`torch.distributed.tensor.parallel.PrepareModuleInput` that casts before it gathers.
 
-    One gather then serves all `Float8Linear` layers in the module that take the input.
+    One gather then serves all `Float8Linear` layers in the module that take the input. Whatever
+    else takes it gets the rounded values: give other floating-point inputs no layout here.
 
     Args:
         float8_dtype: torch.float8_e4m3fn.
@@ -360,9 +370,10 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
     ) -> Any:
         if input_layout is None or self.recipe is None:
             return input
-        prepared = _as_dtensor(input, mesh, (input_layout,))
+        prepared = _as_dtensor(input, mesh, (input_layout,), type(self).__name__)
         if desired_layout is not None and prepared.placements != (desired_layout,):
-            if _on_tokens(prepared.placements, prepared) and desired_layout == Replicate():
+            gathered = _on_tokens(prepared.placements, prepared) and desired_layout == Replicate()
+            if gathered and prepared.dtype in HP_DTYPES:  # not positions, or masks
                 prepared = _gather_input(prepared, self.recipe, self.gather_input_again)
             else:
                 prepared = prepared.redistribute(placements=(desired_layout,))

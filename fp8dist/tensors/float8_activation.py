@@ -44,7 +44,8 @@ class Again:
     def __init__(self) -> None:
         self.users = 0
         self.version: int | None = None  # of the part, as it was cast
-        self.gathered: torch.Tensor | None = None
+        # And how it was cut: what arrived is kept by rank for some layers, in order for others.
+        self.gathered: tuple[Cut, torch.Tensor] | None = None
 
     def take(self, part: torch.Tensor, cut: Cut) -> torch.Tensor:
         if self.version is not None and part._version != self.version:
@@ -52,9 +53,12 @@ class Again:
                 "the input of a float8 layer was modified in place between forward and backward, "
                 "where it is gathered again for grad_weight"
             )
-        gathered = gather_tokens(part, cut) if self.gathered is None else self.gathered
+        if self.gathered is None or self.gathered[0] != cut:
+            self.gathered = (cut, gather_tokens(part, cut))
+        _, gathered = self.gathered
         self.users -= 1
-        self.gathered = gathered if self.users > 0 else None
+        if self.users <= 0:
+            self.gathered = None
         return gathered
 
 

@@ -1,8 +1,10 @@
 """A Llama block cut over ranks: numerics of one device, and float8 on the wire."""
 
 import copy
+import functools
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,15 +20,17 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fp8dist
-from fp8dist import Float8Config
+from fp8dist import Float8Config, async_tp
 from fp8dist.config import RECIPES as RECIPES_BY_NAME
 from fp8dist.tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
+from fp8dist.tensors import float8_activation
 from fp8dist.tensors.float8_activation import cast_activation
 from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.distributed.test_async_tp import gather_bytes
 from tests.distributed.tp_block import (
     DIM,
     RECIPES,
@@ -307,3 +311,131 @@ def autocasts() -> tuple[torch.dtype, torch.dtype]:
 
 def test_autocast() -> None:
     assert run_on_ranks(2, autocasts) == [(torch.bfloat16, torch.float32)] * 2
+
+
+class Viewed(nn.Module):
+    """One of its layers takes a view of the input that is not in the order of arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk = (nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = self.wq(x), self.wk(x.flatten(0, 1))
+        return query + key.view(query.shape)
+
+
+def grad_weights_of_views() -> list[float]:
+    """SQNR of them, with tokens as they arrive."""
+    mesh = tp_mesh()
+    model = Viewed().to(DEVICE)
+    fp8dist.convert_to_float8_training(
+        model, config=Float8Config("rowwise_with_gw_hp", emulate=True)
+    )
+    columns = {"output_layouts": Replicate()}
+    prepare = PrepareFloat8ModuleInput(
+        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+    )
+    styles = {"": prepare, "wq": Float8ColwiseParallel(**columns)}
+    parallelize_module(model, mesh, styles | {"wk": Float8ColwiseParallel(**columns)})
+    gather = functools.partial(gather_bytes, float8_activation.gather_tokens)
+    with (
+        mock.patch.object(async_tp, "is_on_for", lambda name: True),
+        mock.patch.object(float8_activation, "gather_tokens", gather),
+    ):
+        model(part(batch(1), mesh)).backward(batch(2))
+    expected = (batch(2).flatten(0, 1).T @ batch(1).flatten(0, 1)).double()
+    return [sqnr(layer.weight.grad.full_tensor(), expected) for layer in (model.wq, model.wk)]
+
+
+def test_a_view_of_tokens_that_arrived_by_rank_is_gathered_again_in_its_order() -> None:
+    """In high precision: what differs is the order of float32 sums."""
+    for found in run_on_ranks(2, grad_weights_of_views):
+        assert min(found) > least_db("rowwise_with_gw_hp")
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        self.w(x)
+        return other
+
+
+def prepared_beside(other: torch.Tensor) -> torch.Tensor:
+    """`other`, of which every rank has its rows, as the module gets it beside its activation."""
+    mesh = tp_mesh()
+    model = Positions().to(DEVICE)
+    fp8dist.convert_to_float8_training(model, config=Float8Config("rowwise", emulate=True))
+    style = PrepareFloat8ModuleInput(
+        input_layouts=(Shard(1), Shard(0)), desired_input_layouts=(Replicate(), Replicate())
+    )
+    parallelize_module(model, mesh, {"": style, "w": Float8ColwiseParallel()})
+    mine = other.to(DEVICE).chunk(mesh.size())[mesh.get_local_rank()].contiguous()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        return model(part(batch(1), mesh), mine).to_local().cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_inputs_that_are_no_activations_are_prepared_as_they_are(dtype: torch.dtype) -> None:
+    other = (torch.arange(64 * 32).view(64, 32) % 1000).to(dtype)
+    for found in run_on_ranks(2, prepared_beside, other):
+        assert found.dtype == dtype and torch.equal(found, other)
+
+
+STYLES: dict[str, ParallelStyle] = {
+    "by columns": Float8ColwiseParallel(input_layouts=Shard(1)),
+    "by rows": Float8RowwiseParallel(input_layouts=Shard(2), output_layouts=Shard(1)),
+}
+
+
+def layer_and_input(style: ParallelStyle) -> tuple[nn.Module, DTensor]:
+    mesh = tp_mesh()
+    model = parallelize_module(nn.Sequential(block_of("rowwise").attention.wo), mesh, {"0": style})
+    input = distribute_tensor(batch(1), mesh, style.input_layouts, src_data_rank=None)
+    return model, input
+
+
+def autocasts_dtensors(style: ParallelStyle) -> torch.dtype:
+    model, input = layer_and_input(style)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        return model(input).dtype
+
+
+@pytest.mark.parametrize("kind", STYLES)
+def test_autocast_of_dtensors(kind: str) -> None:
+    assert run_on_ranks(2, autocasts_dtensors, STYLES[kind]) == [torch.bfloat16] * 2
+
+
+def bad_inputs(style: ParallelStyle) -> list[str]:
+    model, input = layer_and_input(style)
+    local, mesh = input.to_local(), input.device_mesh
+    other = init_device_mesh(DEVICE, (2, 1), mesh_dim_names=("dp", "tp"))
+    how = RECIPES_BY_NAME["tensorwise"]
+    args = (how.input, how.input_dtype, how.scale_format, mesh.get_group().group_name)
+    messages = []
+    for bad in (
+        local.long(),
+        local.double(),
+        local[..., : local.size(-1) // 2],
+        cast_activation(local, *args),
+        DTensor.from_local(local, other["tp"], input.placements, run_check=False),
+        DTensor.from_local(local, other, (Replicate(), *input.placements), run_check=False),
+    ):
+        with pytest.raises(ValueError) as error:
+            model(bad)
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.parametrize("kind", STYLES)
+def test_inputs_that_a_layer_does_not_take(kind: str) -> None:
+    for messages in run_on_ranks(2, bad_inputs, STYLES[kind]):
+        assert all(message.startswith("attention.wo: ") for message in messages)
+        whole_long, whole_double, half, cast, one_rank, two_dims = messages
+        assert "int64" in whole_long and "float64" in whole_double
+        assert "256) of" in half and f"in_features={DIM}" in half
+        assert "'rowwise'" in cast
+        assert "DTensor on" in one_rank and "DTensor on" in two_dims
