@@ -175,7 +175,8 @@ def _wrap_weights(module: Any, _: Any = None) -> None:
 
 def _save_plain(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """A state dict holds what the module would have without float8."""
-    for name in module.expert_states:
+    for name, state in module.expert_states.items():
         saved = state_dict.get(prefix + name)
         if saved is not None and not isinstance(saved, nn.Parameter):  # not keep_vars
             state_dict[prefix + name] = plain(getattr(module, name))
+            state.taken = True

@@ -360,6 +360,7 @@ class Float8Linear(nn.Linear):
             # From the parameter and not from what is saved, its detached copy: only tensors made
             # from the inner one move its version, see [Note: noticing edits].
             destination[prefix + "weight"] = plain(self.weight)
+            self.weight_state.taken = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -55,6 +55,12 @@ class Shard:
         return self.weight_size or self.size
 
     @property
+    def some_are_empty(self) -> bool:
+        """Whether the last rank's shard has no elements."""
+        sizes = zip(self.largest, self.size, strict=True)
+        return any(most < extent <= most * (self.world - 1) for most, extent in sizes)
+
+    @property
     def packed(self) -> bool:
         """Whether the scales travel in the payload, each row's after its elements.
 

@@ -88,6 +88,8 @@ def _make_current(state: WeightState, param: DTensor) -> None:
         if state.seen is not None and state.scales:
             _warn_stale(state.fqn)
         update_scales([state], [param])
+    elif state.taken and state.shard_now(param).some_are_empty:
+        update_scales([state], [param])  # as other ranks may have to
     else:
         state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
 

@@ -44,8 +44,8 @@ def _amaxes_of_whole(
     amaxes = [numerics.amax(weight, block).float() for block in blocks]
     cut = [i for i, block in enumerate(blocks) if block[dim] == WHOLE]
     if cut:
-        # On the int32 view, see `precompute.all_reduce_amaxes`. None is negative, but the compiler of
-        # torch 2.11 fails to communicate a view of that kind with nothing done to it.
+        # On the int32 view, see `precompute.all_reduce_amaxes`. None is negative, but torch 2.11's
+        # compiler fails to communicate a view of that kind with nothing done to it.
         flat = torch.cat([amaxes[i].flatten() for i in cut]).view(torch.int32).clamp(min=0)
         reduced = funcol.all_reduce(flat, "max", group_name)  # type: ignore[arg-type]
         flat = funcol.wait_tensor(reduced).view(torch.float32)

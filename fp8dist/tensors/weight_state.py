@@ -24,7 +24,8 @@ logger = logging.getLogger("fp8dist")
 #     that all views of a parameter share.
 #   - a compiled optimizer step moves the `_version` of the DTensor parameter only;
 #   - code that edits the plain tensors of a state dict in place (`dcp.load`) moves the `_version`
-#     of the inner tensor only.
+#     of the inner tensor only. It writes nothing where a shard has no elements: such a weight
+#     counts as edited wherever a state dict was taken.
 #   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
 # An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
 # scales were computed. Not seen are edits of a state dict's tensors that move no version: by
@@ -125,6 +126,7 @@ class WeightState:
         # until something uses the weight or can tell.
         self.gathered: bool | None = None
         self.seen: Seen | None = None
+        self.taken = False  # by a state dict, since the scales were computed
         # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
         # them, and the compiler mishandled views at an offset (pytorch#155690). The first is for
         # casting; None if there are no scales yet. (2, ...), float32, see [Note: reciprocals], or
@@ -212,7 +214,7 @@ def update_scales(
     scales, amaxes, ends = precompute.compute_scales(shards, groups, device)
     _take_scales(states, scales)
     for state, param in zip(states, params, strict=True):
-        state.seen = Seen.now(param)
+        state.seen, state.taken = Seen.now(param), False
         state.payload_is_current = False
     _report_non_finite(states, amaxes, ends)
 

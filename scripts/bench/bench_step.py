@@ -9,11 +9,11 @@ Variants, the first of which is what the others are compared to:
     fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
                                 all three matmuls
 
-A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory, the
-last loss, and what the first step took, compilation included. (The first variant's has the device's
-start-up too; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is timed only
-if its first loss is that of the first variant, to 1 %, and falls. The output layer is never
-converted. With more ranks than GPUs NCCL takes each rank for a host of its own and talks over
+A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory,
+the last loss, and what the first step took, compilation included. (The first variant's has the
+device's start-up too; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is
+timed only if its first loss is that of the first variant, to 1 %, and falls. The output layer is
+never converted. With more ranks than GPUs NCCL takes each rank for a host of its own and talks over
 loopback sockets, so bytes weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\

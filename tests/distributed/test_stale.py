@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 import fp8dist
-from tests.distributed.harness import needs_compiler, run_on_ranks
+from tests.distributed.harness import DEVICE, needs_compiler, run_on_ranks
 from tests.distributed.toy import (
     RECIPE_NAMES,
     Llama,
@@ -176,6 +177,31 @@ def test_noticed(route: str, tmp_path: Any) -> None:
         reduction = f"all_reduce MAX int32[1] over {ranks} ranks"
         edited_weights = 2 if compiled or route == "AdamW8bit" else 14
         assert reductions[1] == [reduction] * edited_weights
+
+
+def loaded_in_place(recipe: str, folder: str) -> list[bool]:
+    """Whether a model computes what was loaded into it, right after it was and one gather later."""
+
+    def model_of(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16)).to(DEVICE)
+        fp8dist.convert_to_float8_training(model, config=recipe)
+        return fully_shard(model, mesh=mesh_of(dist.get_world_size()))
+
+    model, other = model_of(0), model_of(1)
+    x = torch.ones(16, 32, device=DEVICE)
+    assert dist.get_rank() < dist.get_world_size() - 1 or model[0].weight.to_local().numel() == 0
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    before = model(x)
+    dcp.save(other.state_dict(), checkpoint_id=folder)
+    dcp.load(model.state_dict(), checkpoint_id=folder)
+    return [not torch.equal(before, other(x)), *(torch.equal(model(x), other(x)) for _ in range(2))]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_loaded_in_place_where_a_rank_has_nothing(recipe: str, tmp_path: Any) -> None:
+    # 16 rows on 5 ranks: 4 for each, and none for the last.
+    assert run_on_ranks(5, loaded_in_place, recipe, str(tmp_path)) == [[True] * 3] * 5
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPE_NAMES if name != "tensorwise"])
