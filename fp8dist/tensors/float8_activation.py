@@ -256,6 +256,12 @@ class Float8Activation(torch.Tensor):
             inner["_data"], inner["_scale"], block, dtype, inner.get("_part"), cut, size
         )
 
+    def __coerce_same_metadata_as_tangent__(
+        self, expected_metadata: Any, expected_type: type | None = None
+    ) -> torch.Tensor | None:
+        """A gradient from outside of what was compiled, which expects a plain one there."""
+        return self.dequantize() if expected_type is torch.Tensor else None
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8Activation(shape={tuple(self.shape)}, dtype={self.dtype})"
 
