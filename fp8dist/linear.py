@@ -103,16 +103,17 @@ class _Float8Matmul(torch.autograd.Function):
         recipe = config.recipe
         # In here gradients are off, whether or not there will be a backward.
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
-        # What arrived is kept as it is: several layers share it, whose transposes would not.
         arrived = isinstance(input, Float8Activation)
-        if needs_weight_grad and isinstance(input, Float8Activation):
-            input.expect_high_precision()
         block = recipe.input_for_grad_weight if needs_weight_grad and not arrived else None
         scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
-        saved = (input,)
+        saved: tuple[torch.Tensor, ...] = (input,)
+        ctx.restore = None
         if transposed is not None:
             inverse = () if transposed.inverse is None else (transposed.inverse,)
             saved = (transposed.data, transposed.scale, *inverse)
+        elif needs_weight_grad and isinstance(input, Float8Activation):
+            # Several layers share what arrived; their transposes would be apart.
+            saved, ctx.restore = input.take_apart(recipe.input_for_grad_weight is None)
         ctx.save_for_backward(weight, *(saved if needs_weight_grad else ()))
         ctx.config = config
         return scaled_matmul(
@@ -130,6 +131,8 @@ class _Float8Matmul(torch.autograd.Function):
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         weight, *saved_input = ctx.saved_tensors
+        if ctx.restore is not None:
+            saved_input = [ctx.restore(*saved_input)]
         config: Float8Config = ctx.config
         recipe = config.recipe
         needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
@@ -166,10 +169,7 @@ class _Float8Matmul(torch.autograd.Function):
                 emulate=config.emulate,
             )
         elif needs_weight_grad:
-            saved_hp = saved_input[0]
-            if isinstance(saved_hp, Float8Activation):
-                saved_hp = saved_hp.high_precision()
-            grad_weight = torch.mm(grad_output.t(), saved_hp)
+            grad_weight = torch.mm(grad_output.t(), saved_input[0])
         return grad_input, grad_weight, None, None
 
 
@@ -293,6 +293,12 @@ class Float8Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight, DTensor):
             return self._tensor_parallel(input, self.weight)
+        if isinstance(input, DTensor):
+            raise ValueError(
+                f"{self._name()}: the input is a DTensor, placed as {input.placements}, and the "
+                "layer is not in the plan: give it Float8ColwiseParallel or Float8RowwiseParallel, "
+                "or the local tensor"
+            )
         if input.dtype not in HP_DTYPES:
             raise ValueError(
                 f"{self._name()}: the input is {input.dtype}: pass float32, bfloat16 or float16"

@@ -1,6 +1,7 @@
 """`Float8Activation`: float8 data and scales that stand for a high-precision activation."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,21 @@ class Again:
         if self.users <= 0:
             self.gathered = None
         return gathered
+
+
+def _again(again: Again, cut: Cut, shape: torch.Size, part: torch.Tensor) -> torch.Tensor:
+    return again.take(part, cut).reshape(shape)
+
+
+def _restored(
+    of: tuple[Block, torch.dtype, Cut | None, torch.Size | None],
+    high_precision: bool,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    block, dtype, cut, size = of
+    restored = Float8Activation(data, scale, block, dtype, None, cut, size)
+    return restored.dequantize() if high_precision else restored
 
 
 # Block, dtype, cut, by rank
@@ -129,15 +145,23 @@ class Float8Activation(torch.Tensor):
         data, scale, *_ = self.scaled()
         return numerics.dequantize(data, scale).view(self.shape).to(self.dtype)
 
-    def expect_high_precision(self) -> None:
-        """`high_precision` will be called once more."""
-        self._again.users += 1
+    def take_apart(
+        self, high_precision: bool
+    ) -> tuple[tuple[torch.Tensor, ...], Callable[..., torch.Tensor]]:
+        """What to keep of it for backward, and the function that makes it again of that.
 
-    def high_precision(self) -> torch.Tensor:
-        """(..., K), `dtype`: gathered again if a part was kept, or the value."""
-        if self._part is None or self._cut is None:
-            return self.dequantize()
-        return self._again.take(self._part, self._cut).reshape(self.shape)
+        Plain tensors, so that hooks on what is saved may move them; of what is gathered again, this
+        rank's part alone.
+
+        Args:
+            high_precision: its value is wanted, (..., K), `dtype`.
+        """
+        if high_precision and self._part is not None and self._cut is not None:
+            self._again.users += 1
+            return (self._part,), functools.partial(_again, self._again, self._cut, self.shape)
+        size = self.shape if self._by_rank else None
+        of = (self._block, self.dtype, self._cut, size)
+        return (self._data, self._scale), functools.partial(_restored, of, high_precision)
 
     def by_rank(self) -> "Float8Activation":
         """(tokens, K), as they arrived; see [Note: tokens by rank]."""
