@@ -24,4 +24,5 @@ def is_on_for(group_name: str) -> bool:
         return False
     from torch.distributed._symmetric_memory import is_symm_mem_enabled_for_group
 
+    # torch's stubs want a `GroupName`, which is a str at run time.
     return is_symm_mem_enabled_for_group(group_name)  # type: ignore[arg-type]

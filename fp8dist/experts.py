@@ -15,13 +15,17 @@ from fp8dist.config import HP_DTYPES, Float8Config, Recipe
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
 from fp8dist.grouped_numerics import ScaledGroups
 from fp8dist.kernels import grouped
-from fp8dist.numerics import Scaled
+from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.compiler_cache import hash_for_caching
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, gathered_data, scales_by_use
 from fp8dist.tensors.weight_state import Edits, WeightState
 
 aten = torch.ops.aten
+
+# "type: ignore[override]" below: torch's stubs give `Function.forward` and `backward` any
+# arguments, `__torch_dispatch__` and `__repr__` others than torch calls them with, and the classes
+# here are made from other arguments than those that they extend.
 
 
 def _torch_function(
@@ -245,13 +249,7 @@ def _other_way(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor | None)
     scaled, _ = kernels.quantize_both(
         rows, recipe.weight, None, recipe.weight_dtype, recipe.scale_format, after
     )
-    return _wanted(scaled)
-
-
-def _wanted(operand: Any) -> Any:
-    if operand is None:
-        raise AssertionError("an operand that was asked for is missing")
-    return operand
+    return wanted(scaled)
 
 
 @torch._dynamo.allow_in_graph
@@ -285,7 +283,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
         ctx.save_for_backward(weight, ends, *saved, *inverse)
         ctx.config = config
         return scaled_grouped_matmul(
-            _wanted(scaled),
+            wanted(scaled),
             _for_output(weight, recipe),
             ends,
             input.dtype,

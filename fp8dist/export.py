@@ -142,8 +142,7 @@ def _bytes_and_scale(
     scaled, _ = kernels.quantize_both(
         weight.to(device), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
-    if scaled is None:
-        raise AssertionError("an operand that was asked for is missing")
+    scaled = numerics.wanted(scaled)
     if recipe.scale_format == "e8m0":
         scale = numerics.scale_to_exponent(scaled.scale)
     else:

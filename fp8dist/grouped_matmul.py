@@ -10,6 +10,8 @@ from fp8dist.config import Recipe
 from fp8dist.grouped_numerics import ScaledGroups, dequantize_groups
 from fp8dist.numerics import Scaled
 
+# "type: ignore[attr-defined]" below: torch's stubs do not have `F.scaled_grouped_mm`.
+
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
     "grouped_mm(Tensor a, Tensor b, Tensor ends) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)

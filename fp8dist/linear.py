@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from fp8dist import kernels
 from fp8dist.config import HP_DTYPES, RECIPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
-from fp8dist.numerics import Scaled
+from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.float8_activation import ByRank, Float8Activation, in_order
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.placement import like
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
 from fp8dist.tensors.weight_part import cast_part
 from fp8dist.tensors.weight_state import WeightState
@@ -51,7 +52,7 @@ def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     scaled, _ = kernels.quantize_both(
         _hp(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
-    return _wanted(scaled)
+    return wanted(scaled)
 
 
 def _weight_for_grad_input(
@@ -72,15 +73,9 @@ def _weight_for_grad_input(
     _, transposed = kernels.quantize_both(
         _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
     )
-    cast = _wanted(transposed)
+    cast = wanted(transposed)
     # Padded as tokens are; weights of other sizes are multiplied dequantized only.
     return cast._replace(data=cast.data[:, : weight.size(0)])
-
-
-def _wanted(scaled: Scaled | None) -> Scaled:
-    if scaled is None:
-        raise AssertionError("an operand that was asked for is missing")
-    return scaled
 
 
 @torch._dynamo.allow_in_graph
@@ -117,7 +112,7 @@ class _Float8Matmul(torch.autograd.Function):
         ctx.save_for_backward(weight, *(saved if needs_weight_grad else ()))
         ctx.config = config
         return scaled_matmul(
-            _wanted(scaled),
+            wanted(scaled),
             _weight(weight, recipe),
             input.dtype,
             recipe,
@@ -162,7 +157,7 @@ class _Float8Matmul(torch.autograd.Function):
                 saved = Scaled(data, scale, (input_block[1], input_block[0]), *inverse)
             grad_weight = scaled_matmul(
                 transposed,
-                _wanted(saved),
+                wanted(saved),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_weight,
@@ -220,17 +215,20 @@ def autocast(input: torch.Tensor) -> torch.Tensor:
     return input if dtype is None else input.to(dtype)
 
 
+def _flat_matmul(flat: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
+    if _autocast_dtype(flat) is None:
+        return _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+    # The input is of that dtype already; nothing is to be cast inside.
+    with torch.autocast(flat.device.type, enabled=False):
+        return _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
+
+
 def _matmul(input: torch.Tensor, weight: torch.Tensor, config: Float8Config) -> torch.Tensor:
     """input (..., K) @ weight^T: (..., N)."""
-    by_rank = isinstance(input, Float8Activation) and input._by_rank
-    flat = ByRank.apply(input) if by_rank else input.reshape(-1, input.size(-1))
-    if _autocast_dtype(input) is None:
-        output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
-    else:  # the input is of it already; nothing is to be cast inside
-        with torch.autocast(input.device.type, enabled=False):
-            output = _Float8Matmul.apply(flat, weight, config, torch.is_grad_enabled())
     if isinstance(input, Float8Activation) and input._by_rank:
+        output = _flat_matmul(ByRank.apply(input), weight, config)
         return in_order(output, input.shape[:-1], input._cut)
+    output = _flat_matmul(input.reshape(-1, input.size(-1)), weight, config)
     if input.dim() != 2:
         # Not a view for autograd, as nn.Linear's output is none: FSDP2 hooks on it.
         output = torch.ops.aten._unsafe_view(output, (*input.shape[:-1], output.size(-1)))
@@ -374,6 +372,7 @@ class Float8Linear(nn.Linear):
             self._wrap_weight()  # load_state_dict(assign=True) has put in a plain tensor
 
 
+@torch.no_grad()
 def wrap_weight(
     module: nn.Module, name: str, wrap: Callable[[torch.Tensor], Float8ShardedWeight]
 ) -> None:
@@ -382,7 +381,7 @@ def wrap_weight(
     if isinstance(weight, DTensor):
         if isinstance(weight._local_tensor, Float8ShardedWeight):
             return
-        wrapped: torch.Tensor = _like_dtensor(weight, wrap(weight._local_tensor.detach()))
+        wrapped: torch.Tensor = like(weight, wrap(weight._local_tensor.detach()))
     elif isinstance(weight, Float8ShardedWeight):
         return
     else:
@@ -400,15 +399,3 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
         detached._local_tensor = weight._local_tensor._tensor.detach()
         return detached
     return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()
-
-
-@torch.no_grad()
-def _like_dtensor(weight: DTensor, local: torch.Tensor) -> DTensor:
-    return DTensor.from_local(
-        local,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )

@@ -5,7 +5,7 @@ This file is the specification. What runs on an accelerator must give the same b
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +171,16 @@ class Scaled(NamedTuple):
     def t(self) -> "Scaled":
         inverse = None if self.inverse is None else self.inverse.t()
         return Scaled(self.data.t(), self.scale.t(), (self.block[1], self.block[0]), inverse)
+
+
+_Operand = TypeVar("_Operand")
+
+
+def wanted(operand: _Operand | None) -> _Operand:
+    """One of what `quantize_both` and the like return, which was asked for."""
+    if operand is None:
+        raise AssertionError("an operand that was asked for is missing")
+    return operand
 
 
 def quantize(

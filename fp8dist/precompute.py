@@ -325,7 +325,6 @@ def _pack(shard: Shard, rows: torch.Tensor) -> None:
     scaled, _ = kernels.quantize_both(
         data, recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
-    if scaled is None:
-        raise AssertionError("the operand that was asked for is missing")
+    scaled = numerics.wanted(scaled)
     rows[:, :columns].copy_(scaled.data.view(torch.uint8))
     rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))

@@ -24,7 +24,7 @@ from fp8dist.tensors.float8_activation import (
     cast_activation,
     gather_activation,
 )
-from fp8dist.tensors.placement import check_part
+from fp8dist.tensors.placement import check_part, like
 from fp8dist.tracing import is_tracing
 
 # [Note: activations in float8]
@@ -33,18 +33,20 @@ from fp8dist.tracing import is_tracing
 # reduce-scattered, which backward gathers. The operand of grad_weight is derived from what arrived
 # as backward's weight is, see `numerics.rescale_transposed`. Sums of partial results are reduced in
 # high precision.
+#
+# One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
+# one device, what is cut along its features, and not gathered, is cast with it too.
+
 # [Note: high-precision grad_weight]
 # Recipes whose grad_weight is computed in high precision need the input and the gradient so. The
 # input is gathered in float8 for output, and again in high precision in backward, from the part
 # that its rank has kept; or, with `gather_input_again=False`, taken from float8. The gradient is
 # gathered once, in high precision, and cast after that, to the same: its scales are of rows.
+
 # [Note: asynchronous tensor parallelism]
 # The compiler overlaps an all-gather with the matmuls that take what it gathers, a part at a time.
 # It does so for inputs here, see `async_tp` and [Note: tokens by rank] in
 # `tensors.float8_activation`, and not for gradients.
-#
-# One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
-# one device, what is cut along its features, and not gathered, is cast with it too.
 
 
 # What these are given by name is a constant to the compiler: the numbers in a `Recipe` are not.
@@ -139,24 +141,12 @@ def _as_dtensor(
     return out
 
 
-def _like(whole: DTensor, local: torch.Tensor) -> DTensor:
-    """Another local part of a tensor of the same size and placements."""
-    return DTensor.from_local(
-        local,
-        whole.device_mesh,
-        whole.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-
-
 def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     """Cast the local part, unless it arrives cast."""
     local, group_name = input.to_local(), input.device_mesh.get_group().group_name
     if isinstance(local, Float8Activation):
         return input
-    return _like(input, _CastInput.apply(local, recipe.name, group_name))
+    return like(input, _CastInput.apply(local, recipe.name, group_name))
 
 
 def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
@@ -179,7 +169,7 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
 
 def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
-    return _like(output, _CastGradient.apply(output.to_local(), recipe.name, group_name))
+    return like(output, _CastGradient.apply(output.to_local(), recipe.name, group_name))
 
 
 def _check_input(layer: Float8Linear, input: DTensor) -> None:

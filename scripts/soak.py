@@ -17,7 +17,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as deterministic 
 
 import torch.distributed as dist  # noqa: E402
 
-from tests.distributed.harness import _init_process_group  # noqa: E402
+from tests.distributed.harness import init_process_group  # noqa: E402
 from tests.distributed.soaking import EVERY, Soaked, faults, soak  # noqa: E402
 
 # Of the medians of the first and the last fifth after the warm-up; a machine's own noise.
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="tensorwise")
     options = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _init_process_group(rank, world, "env://")
+    init_process_group(rank, world, "env://")
     first, second = (soak(options.recipe, options.steps) for _ in range(2))
     warm_up = max(1, options.steps // EVERY // 10)
     wrong = faults(first, second, warm_up)

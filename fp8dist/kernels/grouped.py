@@ -11,7 +11,7 @@ from fp8dist import grouped_numerics, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
 from fp8dist.grouped_numerics import ScaledGroups, padded_rows
 from fp8dist.kernels.ops import has_kernels
-from fp8dist.numerics import Scaled, token_multiple
+from fp8dist.numerics import Scaled, token_multiple, wanted
 
 try:
     from fp8dist.kernels import grouped_launch
@@ -60,8 +60,7 @@ def _quantize_groups(
     data, scales = x.new_empty(sizes[0], dtype=float8_dtype), x.new_empty(sizes[1]).float()
     if rows:
         scaled, _ = kernels.quantize_both(x, ROW, None, float8_dtype, "power_of_2")
-        if scaled is None:
-            raise AssertionError("the operand that was asked for is missing")
+        scaled = wanted(scaled)
         data = scaled.data.clone(memory_format=torch.contiguous_format)
         scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
     groups = grouped_numerics.quantize_groups(x, ends, COLUMN, float8_dtype, "power_of_2")
@@ -160,8 +159,7 @@ def quantize_tokens(
     multiple = token_multiple(transposed_block)
     padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, multiple)
     _, t = kernels.quantize_both(padded, None, transposed_block, float8_dtype, scale_format)
-    if t is None:
-        raise AssertionError("the operand that was asked for is missing")
+    t = wanted(t)
     return scaled, ScaledGroups(t.data, t.scale, padded_ends, transposed_block[0], t.inverse)
 
 

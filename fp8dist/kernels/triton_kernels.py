@@ -226,7 +226,8 @@ def quantize_kernel(
         x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // X_BLOCK, X_BLOCK))
         x = x * tl.reshape(x_inverse, (BM, BN))
     if X_INVERSE != "none":
-        x = tl.where(mask, x, 0.0)  # float8 that was masked may be another number
+        # Padding is 0, whatever a masked load of float8 has left.
+        x = tl.where(mask, x, 0.0)
 
     if KIND != "none":
         if KIND == "tensor":

@@ -44,7 +44,8 @@ class Again:
 
     def __init__(self) -> None:
         self.users = 0
-        self.version: int | None = None  # of the part, as it was cast
+        # Of the part, as it was cast. (Edits after it was saved are noticed by autograd.)
+        self.version: int | None = None
         # And how it was cut: what arrived is kept by rank for some layers, in order for others.
         self.gathered: tuple[Cut, torch.Tensor] | None = None
 
@@ -63,7 +64,7 @@ class Again:
         return gathered
 
 
-def _again(again: Again, cut: Cut, shape: torch.Size, part: torch.Tensor) -> torch.Tensor:
+def _gathered_again(again: Again, cut: Cut, shape: torch.Size, part: torch.Tensor) -> torch.Tensor:
     return again.take(part, cut).reshape(shape)
 
 
@@ -158,7 +159,9 @@ class Float8Activation(torch.Tensor):
         """
         if high_precision and self._part is not None and self._cut is not None:
             self._again.users += 1
-            return (self._part,), functools.partial(_again, self._again, self._cut, self.shape)
+            return (self._part,), functools.partial(
+                _gathered_again, self._again, self._cut, self.shape
+            )
         size = self.shape if self._by_rank else None
         of = (self._block, self.dtype, self._cut, size)
         return (self._data, self._scale), functools.partial(_restored, of, high_precision)

@@ -65,7 +65,7 @@ class Float8Tensor(torch.Tensor):
     def _unpacked(self) -> tuple[torch.Tensor, ...]:
         data, scales = self._data, self._scales
         if scales is None:
-            columns = data.size(1) // 33 * 32
+            columns = data.size(1) // 33 * 32  # packed: an exponent for 32 elements
             exponents = data[:, columns:]
             return data[:, :columns].view(torch.float8_e4m3fn), numerics.exponent_to_scale(
                 exponents

@@ -158,6 +158,18 @@ def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) 
     )
 
 
+def like(whole: DTensor, local: torch.Tensor) -> DTensor:
+    """Another local part of a tensor of the same size and placements."""
+    return DTensor.from_local(
+        local,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
 def matrix_size(size: torch.Size) -> Size:
     """Of the matrix of experts' weights one below the other; of a matrix, its own."""
     return size[:-1].numel(), size[-1]

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 def weights_of(module: nn.Module) -> Iterator[tuple[WeightState, torch.Tensor]]:
     """The float8 weights of a module itself: of a `Float8Linear`, or of experts."""
     if (state := getattr(module, "weight_state", None)) is not None:
-        yield state, module.weight  # type: ignore[misc]
+        yield state, module.weight  # type: ignore[misc]  # may be a submodule, to mypy
     for name, state in getattr(module, "expert_states", {}).items():
         yield state, getattr(module, name)
 

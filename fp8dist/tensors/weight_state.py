@@ -187,15 +187,6 @@ class WeightState:
             self.moving.record()
         return moved
 
-    def _report_bad_exponents(self, exponents: torch.Tensor) -> None:
-        """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
-
-        Packed, these are the shard's own: the ranks that hold the bad elements report them.
-        """
-        if exponents.numel() > 0:
-            bad = exponents.max().view(1) >= 254
-            _report_non_finite([self], torch.where(bad, torch.inf, 0.0), [1])
-
 
 def update_scales(
     states: list[WeightState], params: list[DTensor], groups: Groups | None = None
@@ -259,13 +250,15 @@ def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> 
             scale = numerics.exponent_to_scale(scale)
         scales.append(None if scale is None else scale.to(device))
     precompute.cast_payloads(shards, scales, payloads)
+    exponents = []
     for state, shard, payload in zip(states, shards, payloads, strict=True):
         if shard.packed:
-            state._report_bad_exponents(payload[:, shard.data.size(1) :])
+            exponents.append((state, payload[:, shard.data.size(1) :]))
         elif shard.recipe.scale_format == "e8m0" and state.scales:
-            state._report_bad_exponents(state.scales[0])
+            exponents.append((state, state.scales[0]))
         if state.config.cache_payload:
             state.payload, state.payload_is_current = payload, True
+    _report_bad_exponents([pair for pair in exponents if pair[1].numel() > 0])
     return payloads
 
 
@@ -312,3 +305,14 @@ def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: li
     if known is not None and (fqn := known.first_bad()) is not None:
         _reported_non_finite = True
         logger.warning("%s has a NaN or Inf in its weight; training goes on with it", fqn)
+
+
+def _report_bad_exponents(found: list[tuple[WeightState, torch.Tensor]]) -> None:
+    """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
+
+    Packed, these are the shard's own: the ranks that hold the bad elements report them.
+    """
+    if found and not _reported_non_finite:
+        largest = torch.stack([exponents.max() for _, exponents in found])
+        amaxes = torch.where(largest >= 254, torch.inf, 0.0)
+        _report_non_finite([state for state, _ in found], amaxes, list(range(1, len(found) + 1)))

@@ -4,13 +4,13 @@ train something that nobody asked for, or wait for each other for ever."""
 import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from fp8dist.tensors.compiler_cache import hash_of_source
 from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.train.config import JobConfig
 
@@ -23,7 +23,9 @@ _SHOWN = 3
 
 def facts_of_job(job: JobConfig) -> Facts:
     """Every key of the configuration, and the versions of what computes."""
-    facts = {"torch": torch.__version__, "torchao": _version("torchao"), "fp8dist": _code()}
+    facts = {"torch": torch.__version__, "torchao": _version("torchao")}
+    # The version number of this package does not tell commits apart.
+    facts["fp8dist"] = hash_of_source()[:12]
     return facts | {key: value for key, value in _flat(job.to_dict()).items() if key not in _PATHS}
 
 
@@ -88,12 +90,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _code() -> str:
-    """A digest of this package's source, whose version number does not tell commits apart."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]

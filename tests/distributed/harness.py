@@ -146,7 +146,7 @@ def _serve(rank: int, world: int, connection: Connection, folder: str) -> None:
     """A worker's life: run what arrives, until the session ends."""
     with open(_stacks(folder, rank), "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
-        _init_process_group(rank, world, f"file://{folder}/store")
+        init_process_group(rank, world, f"file://{folder}/store")
         connection.send_bytes(b"started")
         while True:
             try:
@@ -161,7 +161,7 @@ def _serve(rank: int, world: int, connection: Connection, folder: str) -> None:
             connection.send_bytes(reply)
 
 
-def _init_process_group(rank: int, world: int, init_method: str) -> None:
+def init_process_group(rank: int, world: int, init_method: str) -> None:
     if DEVICE == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
         if world > torch.cuda.device_count():
@@ -191,7 +191,7 @@ def _run_under_torchrun(
     if world != started:
         pytest.skip(f"needs {world} ranks, torchrun has started {started}")
     if _exchange is None:
-        _init_process_group(int(os.environ["RANK"]), started, "env://")
+        init_process_group(int(os.environ["RANK"]), started, "env://")
         # Of its own, so that a rank that failed does not meet the others' collectives.
         _exchange = dist.new_group(backend="gloo", timeout=2 * COLLECTIVE_TIMEOUT)
     # Every rank has made its own arguments; a temporary folder must be the same on all.

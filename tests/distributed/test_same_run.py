@@ -54,8 +54,8 @@ def refused_torch(argv: list[str]) -> str:
 
 def refused_code(argv: list[str]) -> str:
     odd = dist.get_rank() == ODD_RANK
-    code = "0123456789ab" if odd else same_run._code()
-    with mock.patch.object(same_run, "_code", lambda: code):
+    code = "0123456789ab" if odd else same_run.hash_of_source()
+    with mock.patch.object(same_run, "hash_of_source", lambda: code):
         return refusal(argv)
 
 

@@ -129,6 +129,18 @@ def test_an_input_that_was_edited_before_it_is_gathered_again(mesh: DeviceMesh) 
     model, x = parallel("rowwise_with_gw_hp", mesh), torch.randn(16, 128)
     loss = model(x).sum()
     x.mul_(100)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # autograd's own
+        loss.backward()
+
+
+def test_an_input_that_was_edited_after_it_was_cast(mesh: DeviceMesh) -> None:
+    model, x = parallel("rowwise_with_gw_hp", mesh), torch.randn(16, 128)
+
+    def edit(module: nn.Module, inputs: object) -> None:
+        x.mul_(100)
+
+    model[0].register_forward_pre_hook(edit)
+    loss = model(x).sum()  # of what was cast, and saved is what it is now
     with pytest.raises(RuntimeError, match="modified in place"):
         loss.backward()
 

@@ -7,6 +7,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -406,6 +407,27 @@ def test_a_weight_that_is_not_finite_shows_in_the_output(mesh: DeviceMesh, bad: 
     with torch.no_grad():
         shard_of(layer)[5, 5] = bad
     assert layer(torch.ones(4, K)).isnan().any()
+
+
+class _OnADevice(weight_state._Finite):
+    """As it is where the answer is read one call later, because the device has to get there."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.event = mock.Mock(query=lambda: True)
+
+
+def test_every_step_is_looked_at_on_a_device(
+    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_state, "_Finite", _OnADevice)
+    layer = sharded(mesh)
+    for bad in (False, True, False):  # in one step only
+        with torch.no_grad():
+            shard_of(layer)[5, 5] = math.nan if bad else 1.0
+        assert "NaN" not in caplog.text
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    assert "has a NaN or Inf in its weight" in caplog.text
 
 
 def test_finite_weights_are_not_reported(
