@@ -115,6 +115,8 @@ class Float8ShardedWeight(torch.Tensor):
     # See [Note: offloaded shards] in `weight_state`.
     _stays_on_host: bool = False
     _wanted_on: torch.device | None = None
+    # See [Note: moved and frozen].
+    _stays_frozen: bool = False
 
     @staticmethod
     def __new__(cls, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
@@ -148,7 +150,10 @@ class Float8ShardedWeight(torch.Tensor):
         )
         out = func(*inner_args, **inner_kwargs)
         if _is_view(func):
-            return _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
+            views = _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
+            if func is aten.detach.default:
+                views._stays_frozen = args[0]._stays_frozen
+            return views
         if func in _MOVE_OPS:
             pinned = func is aten._pin_memory.default
             return args[0]._like(out, Edits(moved_from=args[0]._edits, filled=pinned))
@@ -178,7 +183,21 @@ class Float8ShardedWeight(torch.Tensor):
                 stand_in = self._like(self._tensor, self._edits)
                 stand_in._wanted_on = device
                 return stand_in
-        return super().to(*args, **kwargs)
+        moved = super().to(*args, **kwargs)
+        if isinstance(moved, Float8ShardedWeight) and moved is not self:
+            moved._stays_frozen = isinstance(self, nn.Parameter) and not self.requires_grad
+        return moved
+
+    # [Note: moved and frozen]
+    # `fully_shard` moves a model to the mesh's device. Of a tensor subclass it makes the parameter
+    # anew, as nn.Parameter(weight.to(device)): one that is trained, also where the weight was
+    # frozen. What `to` returns for a frozen parameter therefore stays frozen when a parameter is
+    # made of it, which is `detach` and one call of `requires_grad_`.
+
+    def requires_grad_(self, requires_grad: bool = True) -> torch.Tensor:
+        requires_grad = requires_grad and not self._stays_frozen
+        self._stays_frozen = False
+        return super().requires_grad_(requires_grad)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_tensor"], None

@@ -33,7 +33,10 @@ class Reference:
         self.case = case
         self.ranks = world_of(case) // tensor_parallel(case)
         self.model = converted(case, DEVICE)
-        self.stepped = copy.deepcopy(dict(self.model.named_parameters()))
+        # An offloaded weight is trained on the CPU, which rounds otherwise than a GPU.
+        trained_on = DEVICE if case["offload"] == "none" else "cpu"
+        self.stepped = copy.deepcopy(dict(self.model.to(trained_on).named_parameters()))
+        self.model.to(DEVICE)
         self.optimizers = optimizers_of(self.stepped, case)
         if "shards" in case["dtype"]:
             # FSDP2 gathers these in bfloat16; float8 weights are cast from float32.

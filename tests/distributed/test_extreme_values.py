@@ -65,9 +65,9 @@ def in_float8(recipe: str, where: str, what: str) -> tuple[Results, list[str]]:
             output, (input, layer.weight), x["grad_output"]
         )
         model.reshard()
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(
-            model
-        )  # on a GPU it is told one call later
+        if DEVICE != "cpu":  # there it is told one call later, if it has been found by then
+            torch.cuda.synchronize()
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
     return {
         "output": output.detach().cpu(),
         "grad_input": grad_input.cpu(),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_init import _move_states_to_device
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fp8dist
@@ -34,6 +35,29 @@ def parameter() -> nn.Parameter:
 
 def count(weight: torch.Tensor) -> int:
     return weight._edits.count
+
+
+# --- moves
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_fully_shard_moves_it_as_trained_or_frozen_as_it_was(trained: bool) -> None:
+    param = parameter().requires_grad_(trained)
+    _move_states_to_device([param], [], torch.device("meta"))
+    assert isinstance(param, nn.Parameter) and isinstance(param, Float8ShardedWeight)
+    assert param.is_meta and param.requires_grad == trained
+    for wanted in (not trained, trained):  # afterwards it is as it is told
+        param.requires_grad_(wanted)
+        assert param.requires_grad == wanted
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_module_is_moved_as_trained_or_frozen_as_it_was(trained: bool) -> None:
+    module = nn.Module()
+    module.weight = parameter().requires_grad_(trained)
+    module.to("meta")
+    assert module.weight.is_meta and module.weight.requires_grad == trained
+    assert module.weight.requires_grad_(not trained).requires_grad == (not trained)
 
 
 # --- optimizers
