@@ -87,7 +87,7 @@ def _raise_amaxes(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         if BY_ROW:
             inverse = tl.load(inverse_ptr + rows, mask=row_mask, other=1.0)
-            x = tl.where(mask, x.to(tl.float32) * inverse[:, None], 0.0)  # see `quantize_kernel`
+            x = tl.where(mask, x.to(tl.float32), 0.0) * inverse[:, None]  # see `quantize_kernel`
         bits = _abs_bits(x)
         most = tl.maximum(most, bits)
         if WANT_ROW:
@@ -211,6 +211,10 @@ def quantize_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
+    if X_INVERSE != "none":
+        # Where float8 is masked, Triton 3.6 leaves other numbers than 0 if M is 1, a constant to
+        # it; so it does with this after the product.
+        x = tl.where(mask, x, 0.0)
     if X_INVERSE == "row":
         x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
     if X_INVERSE == "own" and X_BLOCK == BN:
@@ -225,9 +229,6 @@ def quantize_kernel(
         )
         x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // X_BLOCK, X_BLOCK))
         x = x * tl.reshape(x_inverse, (BM, BN))
-    if X_INVERSE != "none":
-        # Padding is 0, whatever a masked load of float8 has left.
-        x = tl.where(mask, x, 0.0)
 
     if KIND != "none":
         if KIND == "tensor":
