@@ -30,6 +30,7 @@ LAYERS = [
     "fsdp",
     "export",
     "tensor_parallel",
+    "torchtitan",
     "train",
 ]
 
