@@ -54,7 +54,7 @@ def _quantize_groups(
         data (M, N), its reciprocals and scales (2, M, 1), transposed data (N, `padded_rows`), its
         reciprocals and scales (2, groups, N), and the padded ends.
     """
-    if has_kernels(x) and x.numel() > 0:
+    if has_kernels(x) and x.numel() > 0 and x.size(0) != 1:  # see [Note: one row] in `ops`
         return grouped_launch.quantize_groups(x, ends, rows, float8_dtype)
     sizes = _sizes(x, ends, rows)
     data, scales = x.new_empty(sizes[0], dtype=float8_dtype), x.new_empty(sizes[1]).float()

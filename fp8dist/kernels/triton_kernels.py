@@ -87,7 +87,7 @@ def _raise_amaxes(
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         if BY_ROW:
             inverse = tl.load(inverse_ptr + rows, mask=row_mask, other=1.0)
-            x = tl.where(mask, x.to(tl.float32), 0.0) * inverse[:, None]  # see `quantize_kernel`
+            x = x.to(tl.float32) * inverse[:, None]
         bits = _abs_bits(x)
         most = tl.maximum(most, bits)
         if WANT_ROW:
@@ -211,10 +211,6 @@ def quantize_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
-    if X_INVERSE != "none":
-        # Where float8 is masked, Triton 3.6 leaves other numbers than 0 if M is 1, a constant to
-        # it; so it does with this after the product.
-        x = tl.where(mask, x, 0.0)
     if X_INVERSE == "row":
         x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
     if X_INVERSE == "own" and X_BLOCK == BN:
