@@ -1,0 +1,1 @@
+"""Bytes, memory and break-even of a training job, before it is started. See docs/plan.md."""
