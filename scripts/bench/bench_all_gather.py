@@ -47,7 +47,7 @@ from harness import (
 from torch import nn
 from unsharding import Ranks, Unsharding, expected_bytes, precompute_seconds
 
-from fp8dist.config import RECIPES
+from fp8dist.config import RECIPES, recipe
 
 DEFAULT_VARIANTS = ",".join(
     ["bf16", "torchao:tensorwise+ag", *(f"fp8dist:{name}" for name in RECIPES)]
@@ -118,7 +118,7 @@ def measure(variant: Variant, n: int, k: int, options: argparse.Namespace, ranks
     casts, alone = shard + payload, ranks.count == 1
     ours = variant.library == "fp8dist"  # casts in precompute, the others at each unshard
     # The scales of e8m0 are found within the pass that casts.
-    amaxes = variant.gather and RECIPES[variant.recipe].scale_format != "e8m0"
+    amaxes = variant.gather and recipe(variant.recipe).scale_format != "e8m0"
     return Row(
         variant.name,
         n,

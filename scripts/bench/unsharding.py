@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fp8dist import numerics
-from fp8dist.config import RECIPES
+from fp8dist.config import recipe as recipe_of
 from fp8dist.train.wire import CountingAllGather
 
 WARM_UP_CALLS = 2
@@ -73,7 +73,7 @@ def expected_bytes(variant: Variant, weight: torch.Tensor) -> torch.Tensor:
     """What all ranks' payloads are together: 1-D, uint8."""
     if variant.library == "bf16":
         return weight.bfloat16().flatten().view(torch.uint8)
-    recipe = RECIPES[variant.recipe]
+    recipe = recipe_of(variant.recipe)
     data, scale, *_ = numerics.quantize(
         weight, recipe.weight, recipe.weight_dtype, recipe.scale_format
     )
