@@ -50,19 +50,19 @@ memory per rank
   The last is an estimate: compiled layers keep less. It and what comes on top - what an operation
   uses for itself, the allocator's losses, NCCL's and CUDA's own memory - are not in the total.
 
-communication per step
-  link     bytes sent over --link
-  tp link  those of tensor parallelism over --tp-link, if it is given
-  memory   passes over the device's memory because weights are gathered, over --memory-bandwidth:
+communication and casts per step
+  link     bytes sent, over --link
+  tp link  those of tensor parallelism, over --tp-link if it is given
+  memory   bytes that passes over the device's memory read and write, over --memory-bandwidth:
            copies into the buffers that are gathered and out of them; casts of shards, to the dtype
-           that is gathered at every gather, or to float8 once per step after the amaxes; and the
-           transpose of float8 weights for grad_input in every backward, which costs matmuls of
-           float8 and not the network, and counts against float8 here
+           that is gathered at every gather, or to float8 once per step after their amaxes; casts of
+           activations and their gradients, once more for amaxes of tensors, rows and columns;
+           transposes of float8 weights for grad_input. With --compile.enable layers that share an
+           input share its cast.
 
-  None of it is taken to be hidden behind computation, so that this is what there is to hide.
-  Latencies are left out: "collectives" has their number. Casts of activations are left out, and
-  what float8 gains in the matmuls. "takes less time": the links on which a recipe's communication
-  takes less time than in high precision.
+  None of it is taken to be hidden behind computation. Latencies are left out ("collectives" has
+  the number to multiply them with), and so is what float8 gains in the matmuls: "takes less time"
+  are the links on which a recipe wins by its bytes alone, all of its casts paid.
 """
 
 
@@ -85,17 +85,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _rate(text: str) -> float:
     """GB/s as bytes per second."""
-    value = float(text) * 1e9
+    try:
+        value = float(text) * 1e9
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of GB/s above 0")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number, at least 1")
+    return int(text)
 
 
 def _meanings(of: dict[str, str]) -> str:
@@ -192,13 +194,13 @@ def main() -> None:
     try:
         options, job = parse(sys.argv[1:])
         plan = make_plan(job, options)
-        print(as_text(plan))
         if options.json is not None:
             write_json(as_dict(plan), options.json)
         if options.plot is not None:
             plot(plan, options.plot)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(as_text(plan))
 
 
 if __name__ == "__main__":

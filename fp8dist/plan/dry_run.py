@@ -1,7 +1,5 @@
 """A training step on a fake process group: what one rank of many would send and hold."""
 
-import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fp8dist
 from fp8dist import hardware
-from fp8dist.config import ROW, Recipe
+from fp8dist.config import Recipe
+from fp8dist.plan.groups import float32_groups
 from fp8dist.plan.observe import Collective, Observer
+from fp8dist.plan.operands import Operands
 from fp8dist.tensors import weight_state
 from fp8dist.tensors.placement import cut_of, groups_of, join
 from fp8dist.tensors.sharded_weight import weights_of
@@ -43,22 +43,23 @@ DEVICE = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Passes:
-    """Bytes that a step reads and writes on the device because weights are gathered.
+    """Bytes that a step reads and writes on the device to gather weights and to multiply float8.
 
     Attributes:
         copies: into the buffers that are gathered, and out of them into weights.
-        casts: of shards: to the dtype that is gathered, at every gather; to float8, once per step,
-            after their amaxes.
-        transposes: of float8 weights, for grad_input, in every backward.
+        shards: casts of shards: to the dtype that is gathered, at every gather; to float8, once per
+            step, after their amaxes.
+        operands: casts of activations and their gradients to float8, and transposes of float8
+            weights for grad_input.
     """
 
     copies: int
-    casts: int
-    transposes: int
+    shards: int
+    operands: int
 
     @property
     def total(self) -> int:
-        return self.copies + self.casts + self.transposes
+        return self.copies + self.shards + self.operands
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,6 @@ def observe(job: JobConfig, mesh: DeviceMesh, *, all_layers: bool = False) -> Ob
     Raises:
         ValueError: the job does not fit the ranks or the model.
     """
-    job = copy.deepcopy(job)
-    job.compile.enable = False  # it changes no collective, and takes minutes
     shape = shape_of(job)
     period = _period(job)
     shorter = SHORTEST + (shape.n_layers - SHORTEST) % period
@@ -198,7 +197,7 @@ def _run(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Observed:
     unreported = mock.patch.object(weight_state, "_reported_non_finite", True)
     # What is kept for backward is what a device keeps that multiplies float8.
     native = mock.patch.object(hardware, "multiplies", _multiplies)
-    with unreported, native, FakeTensorMode(allow_non_fake_inputs=True):
+    with unreported, native, float32_groups(), FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=DEVICE)
         size = (job.training.local_batch_size, job.training.seq_len)
         tokens = torch.zeros(size, dtype=torch.int64)
@@ -206,8 +205,11 @@ def _run(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Observed:
 
 
 def _multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bool = False) -> bool:
-    """`hardware.multiplies` of a device that has every recipe's matmul."""
-    return not emulate and (not grouped or recipe.weight == ROW)
+    """`hardware.multiplies` of a device that has every recipe's matmul.
+
+    Grouped ones, which torch cannot run without data, are left to their stand-ins.
+    """
+    return not emulate and not grouped
 
 
 def assemble(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Llama:
@@ -243,14 +245,13 @@ def step(
     batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     microbatches: int,
 ) -> Observed:
-    """Run and observe the trainer's step, with one of its equal microbatches.
+    """Run and observe the trainer's step, with one of its equal microbatches, not compiled.
 
     Args:
         model: with its parameters on the device, from `assemble` or the trainer's `build_model`.
         batch: makes token ids and targets, (batch, seq), int64.
     """
     counters = _count_all_gathers(model)
-    loss_of = parallelize.build_loss(job)
     optimizer = build_optimizer(model, job)
     experts = [module for module in model.modules() if isinstance(module, MoE)]
 
@@ -260,15 +261,17 @@ def step(
 
     precompute()
     tokens, targets = batch()
+    operands = Operands(merged=job.compile.enable and "model" in job.compile.components)
     with Observer(mesh, lambda: _unreduced(model)) as observer:
         observer.phase = "forward"
-        logits = model(tokens)
-        with loss_context(job):
-            loss = loss_of(logits, targets)
-            del logits
-            activations = observer.live_bytes()
-            observer.phase = "backward"
-            loss.backward()
+        with operands.counting():
+            logits = model(tokens)
+            with loss_context(job):
+                loss = parallelize.cross_entropy(logits, targets)
+                del logits
+                activations = observer.live_bytes()
+                observer.phase = "backward"
+                loss.backward()
         observer.phase = "optimizer"
         nn.utils.clip_grad_norm_(model.parameters(), job.training.max_norm)
         optimizer.step()
@@ -286,7 +289,10 @@ def step(
             "unsharded": observer.peak_of_buffers,
             "activations": activations,
         },
-        passes=_passes(counters, _compute_dtype(job), microbatches),
+        passes=replace(
+            _passes(counters, _compute_dtype(job), microbatches),
+            operands=(operands.bytes + observer.casts_of_experts) * microbatches,
+        ),
         parameters=sum(param.numel() for param in model.parameters()),
         microbatches=microbatches,
     )
@@ -377,8 +383,12 @@ def _own_modules(group: nn.Module) -> Iterator[nn.Module]:
 
 
 def _passes(counters: dict[nn.Module, _Counter], dtype: torch.dtype, microbatches: int) -> Passes:
-    """Args: dtype: that in which weights that are not float8 are gathered."""
-    copies = casts = transposes = 0
+    """All but those of operands.
+
+    Args:
+        dtype: in which weights that are not float8 are gathered.
+    """
+    copies = casts = 0
     for group, counter in counters.items():
         # What is copied is read and written.
         copies += 2 * (counter.bytes + counter.handed) * microbatches
@@ -386,10 +396,9 @@ def _passes(counters: dict[nn.Module, _Counter], dtype: torch.dtype, microbatche
             float8 = {id(param): state for state, param in weights_of(module)}
             for param in module.parameters(recurse=False):
                 shard, state = _local(param), float8.get(id(param))
-                if state is not None and state.payload is not None and state.shard is not None:
+                if state is not None and state.payload is not None:
                     casts += 2 * shard.nbytes + state.payload.nbytes
-                    transposes += 2 * math.prod(state.shard[1].size) * microbatches
                 elif shard.dtype != dtype:
                     size = shard.nbytes + shard.numel() * dtype.itemsize
                     casts += size * counter.calls * microbatches
-    return Passes(copies, casts, transposes)
+    return Passes(copies, casts, operands=0)

@@ -1,7 +1,6 @@
 """From what a step was observed to do: bytes by purpose, seconds, and the break-even."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fp8dist.plan.dry_run import Observed
@@ -48,11 +47,11 @@ def sent_by_purpose(observed: Observed) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A step's communication, were none of it hidden behind computation.
+    """A step's communication and casts, were none of it hidden behind computation.
 
     Attributes:
         link, tp_link: that bytes take on each link; the latter 0 where they are one.
-        memory: that passes over the device's memory take, because weights are gathered.
+        memory: that passes over the device's memory take.
     """
 
     link: float
@@ -65,7 +64,7 @@ class Seconds:
 
 
 def seconds(observed: Observed, machine: Machine) -> Seconds:
-    """What a step's communication takes on `machine`."""
+    """What a step's communication and casts take on `machine`."""
     sent = sent_by_purpose(observed)
     within = sent["activations"] if machine.tp_link is not None else 0.0
     return Seconds(
@@ -77,8 +76,9 @@ def seconds(observed: Observed, machine: Machine) -> Seconds:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The links, in bytes per second, on which communication takes less time than another's: those
-    slower than `below` and faster than `above`."""
+    """The links, in bytes per second, on which communication and casts take less time than
+    another's: those slower than `below` and faster than `above`.
+    """
 
     above: float
     below: float
@@ -92,7 +92,7 @@ class BreakEven:
 
 
 def break_even(observed: Observed, base: Observed, machine: Machine) -> BreakEven:
-    """Where `observed` communicates in less time than `base` does, by the link of a rank."""
+    """Where `observed` takes less time than `base`, by the link of a rank."""
     mine, other = seconds(observed, machine), seconds(base, machine)
     saved = (other.link - mine.link) * machine.link  # bytes
     added = mine.tp_link + mine.memory - other.tp_link - other.memory
@@ -103,10 +103,6 @@ def break_even(observed: Observed, base: Observed, machine: Machine) -> BreakEve
     return BreakEven(math.inf, math.inf)
 
 
-RESIDENT_AT_ONCE = ("parameters", "gradients", "optimizer", "payloads", "scales")
-"""Memory that is there at any time."""
-
-
-def total_memory(observed: Observed, parts: Iterable[str] | None = None) -> int:
-    """Bytes that a rank needs; without `parts`, of all."""
-    return sum(observed.memory[part] for part in parts or observed.memory)
+def total_memory(observed: Observed) -> int:
+    """Bytes that a rank needs without activations, which are an estimate."""
+    return sum(observed.memory.values()) - observed.memory["activations"]

@@ -24,6 +24,13 @@ _OPERATIONS = {
     "all_reduce": "all_reduce",
 }
 
+# How often they read what they are given: the second one for amaxes first.
+_READS_OF_GROUPS = {
+    "fp8dist::pad_groups": 1,
+    "fp8dist::quantize_groups": 2,
+    "fp8dist::transpose_each": 1,
+}
+
 
 @dataclass(frozen=True, order=True)
 class Collective:
@@ -66,6 +73,7 @@ class Observer(TorchDispatchMode):
         calls, handed: by kind, how often it was called and the bytes this rank handed over.
         peak_of_buffers: the most bytes that gathered weights, gradients that are not reduced yet
             and FSDP's buffers had at once.
+        casts_of_experts: bytes that casts and transposes of experts' operands read and write.
 
     Args:
         unreduced: gives the gradients that wait for others, to be reduced with them.
@@ -79,7 +87,7 @@ class Observer(TorchDispatchMode):
         self.phase = ""
         self.calls: Counter[Collective] = Counter()
         self.handed: Counter[Collective] = Counter()
-        self.peak_of_buffers = 0
+        self.peak_of_buffers = self.casts_of_experts = 0
         self._over = _names_of_groups(mesh)
         # Storages by what they are for; they leave these when they are freed.
         self._buffers = WeakIdKeyDictionary()
@@ -102,6 +110,9 @@ class Observer(TorchDispatchMode):
         if _makes_storage(func):
             for tensor in _tensors(out):
                 self._others[tensor.untyped_storage()] = None
+        if (times := _READS_OF_GROUPS.get(func._schema.name)) is not None:
+            read, written = (sum(t.nbytes for t in _tensors(tree)) for tree in (args, out))
+            self.casts_of_experts += times * read + written
         if func.namespace in ("c10d", "fsdp"):
             self._look_at_buffers(func, args, kwargs)
         return out

@@ -62,9 +62,9 @@ NOTES = """\
 kB, MB, GB: powers of 1000. unsharded: gathered weights, gradients before they are reduced and
 FSDP's buffers, the most at once. activations: an estimate, of what layers that are not compiled
 keep for backward, and not in the total; nor is what they use in between, what the allocator loses,
-and what NCCL and CUDA take. memory: passes over the device's memory because weights are gathered:
-copies, casts, and the transpose for grad_input. Latencies are left out, as are the casts of
-activations and the matmuls, which float8 makes faster. --help says more."""
+and what NCCL and CUDA take. memory: passes over the device's memory: copies for the gathers, casts
+of shards, of activations and of their gradients. Latencies are left out, and what float8 gains in
+the matmuls. `--help` says more."""
 
 
 def _heading(plan: Plan) -> str:
@@ -73,8 +73,8 @@ def _heading(plan: Plan) -> str:
     batch = f"{job.training.local_batch_size} x {job.training.seq_len} tokens"
     times = f"{base.microbatches} times " if base.microbatches > 1 else ""
     return (
-        f"{job.model.flavor}: {plan.layers} layers, {base.parameters / 1e9:.2f} billion parameters"
-        f" in {job.training.dtype}, gathered in {plan.base}\n"
+        f"{job.model.flavor}: {plan.layers} layers, {_millions(base.parameters)} parameters in "
+        f"{job.training.dtype}, gathered in {plan.base}\n"
         f"{plan.ranks} ranks: {mesh}; a data-parallel rank takes {times}{batch} per step"
     )
 
@@ -96,7 +96,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
     rows = [["", *parts, "total", "activations"]]
     for name, observed in plan.variants.items():
         cells = [readable_bytes(observed.memory[part]) for part in parts]
-        total = readable_bytes(total_memory(observed, parts))
+        total = readable_bytes(total_memory(observed))
         rows.append([name, *cells, total, "~" + readable_bytes(observed.memory["activations"])])
     return rows
 
@@ -105,8 +105,8 @@ def _communication_title(plan: Plan) -> str:
     machine = plan.machine
     within = "" if machine.tp_link is None else f", {_rate(machine.tp_link)} within tp"
     return (
-        f"Communication per step were none of it hidden, at {_rate(machine.link)} per rank{within}"
-        f" and {_rate(machine.memory)} of memory"
+        f"Communication and casts per step, were none of it hidden, at {_rate(machine.link)} per"
+        f" rank{within}, {_rate(machine.memory)} of memory"
     )
 
 
@@ -122,6 +122,10 @@ def _seconds_rows(plan: Plan) -> list[list[str]]:
     if plan.machine.tp_link is None:
         rows = [[cell for i, cell in enumerate(row) if i != 2] for row in rows]
     return rows
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
 
 
 def _rate(bytes_per_second: float) -> str:
