@@ -56,7 +56,8 @@ DEFAULT_VARIANTS = (
     "bf16,torchao:tensorwise,torchao:tensorwise+ag,fp8dist:tensorwise,fp8dist:rowwise,"
     "fp8dist:rowwise_with_gw_hp,fp8dist:rowwise_with_gw_hp-again,fp8dist:blockwise,fp8dist:mxfp8"
 )
-LEARNING_RATE = 1e-3
+# Larger weights are trained in smaller steps, or the blocks do not learn; and begin smaller.
+LEARNING_RATE, OF_DIM = 1e-3, 2048
 # What the blocks add to their input, against the first variant's. One block has 24 dB by any
 # recipe, with whose errors the next begins; tokens in another order or a wrong scale leave about 0.
 LEAST_DB = 12
@@ -138,7 +139,7 @@ class Training:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(std=0.02)
+                    parameter.normal_(std=parameter.size(1) ** -0.5)
         self.after_step = variant.convert(self.model)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         dp, tp = mesh["dp"], mesh["tp"]
@@ -150,7 +151,8 @@ class Training:
                 layer.compile(fullgraph=True)
             fully_shard(layer, mesh=dp, mp_policy=policy)
         fully_shard(self.model, mesh=dp, mp_policy=policy)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+        lr = LEARNING_RATE * min(1, OF_DIM / args.dim)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=True)
         part = batch.chunk(tp.size(), dim=2)[tp.get_local_rank()]
         # A copy, also of a batch of one: other strides than a layer's output would be dynamic ones.
         self.tokens, self.targets = part.clone(memory_format=torch.contiguous_format).unbind()
@@ -194,6 +196,7 @@ def measure(
     warm_up, added = [training.step()], training.added
     warm_up += [training.step() for _ in range(WARM_UP_STEPS - 1)]
     losses = torch.stack(warm_up)
+    check(bool(losses[-1] < losses[0]), f"the loss rises, from {losses[0]} to {losses[-1]}")
     db = None
     if first is not None:
         db = check_results(losses, added, first)
