@@ -19,7 +19,7 @@ from tests.distributed.killing import (
 )
 from tests.distributed.test_train import write_text
 
-STEPS = 30  # more than a fast machine takes in the time that a kill may wait
+STEPS = 16  # more than a fast machine takes in the time that a kill may wait
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the rank's process in /proc")
