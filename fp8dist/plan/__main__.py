@@ -11,10 +11,11 @@ from fp8dist.train.noise import quiet
 
 quiet()
 
-from fp8dist.plan.dry_run import MEMORY, Observed, fake_mesh, observe, shape_of  # noqa: E402
+from fp8dist.plan.dry_run import fake_mesh, observe, shape_of  # noqa: E402
 from fp8dist.plan.figures import PURPOSES, Machine  # noqa: E402
 from fp8dist.plan.picture import plot  # noqa: E402
 from fp8dist.plan.report import Plan, as_dict, as_text  # noqa: E402
+from fp8dist.plan.step import MEMORY, Observed  # noqa: E402
 from fp8dist.plan.variants import unconverted, with_recipes  # noqa: E402
 from fp8dist.train.config import JobConfig, parse_config  # noqa: E402
 from fp8dist.train.metrics import write_json  # noqa: E402

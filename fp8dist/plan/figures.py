@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from fp8dist.plan.dry_run import Observed
 from fp8dist.plan.observe import Collective
+from fp8dist.plan.step import Observed
 
 PURPOSES = {
     "weights": "gathered by FSDP",

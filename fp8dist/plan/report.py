@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fp8dist.plan.dry_run import MEMORY, Observed
 from fp8dist.plan.figures import (
     PURPOSES,
     Machine,
@@ -13,6 +12,7 @@ from fp8dist.plan.figures import (
     sent_by_purpose,
     total_memory,
 )
+from fp8dist.plan.step import MEMORY, Observed
 from fp8dist.train.config import JobConfig
 from fp8dist.train.metrics import json_ready, readable_bytes, versions
 
