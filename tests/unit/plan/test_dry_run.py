@@ -1,0 +1,211 @@
+"""A dry run's figures are those of formulas, also on many ranks."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from fp8dist.config import RECIPES
+from fp8dist.plan import dry_run
+from fp8dist.plan.dry_run import fake_mesh, microbatches, observe
+from fp8dist.plan.figures import sent_by_purpose
+from fp8dist.plan.step import Observed
+from fp8dist.plan.variants import unconverted, with_recipes
+from fp8dist.train.config import JobConfig, parse_config
+
+BASE = "high precision"
+ARGUMENTS = (
+    "--model.flavor=debugmodel:2",
+    "--training.seq_len=32",
+    "--training.local_batch_size=1",
+    "--quantize.linear.float8.filter_fqns=output",
+    "--activation_checkpoint.mode=none",
+)
+# The debug model's sizes, as they are in its table of flavors, but for the layers.
+LAYERS, DIM, KV, HIDDEN, VOCAB, HEAD = 2, 256, 128, 768, 256, 64
+LINEARS = [(DIM, DIM)] * 2 + [(KV, DIM)] * 2 + [(HIDDEN, DIM)] * 2 + [(DIM, HIDDEN)]
+NORMS = [(DIM, 1)] * 2
+ROOT = [(VOCAB, DIM)] * 2 + [(DIM, 1)]
+BF16, FP32 = 2, 4
+
+
+def job_of(*more: str, recipe: str = BASE) -> JobConfig:
+    job = parse_config([*ARGUMENTS, *more])
+    return (
+        unconverted(job)[1]
+        if recipe == BASE
+        else with_recipes(job, [recipe], experts=False)[recipe]
+    )
+
+
+def dry(job: JobConfig, ranks: int, *, all_layers: bool = False) -> Observed:
+    with fake_mesh(job, ranks) as mesh:
+        return observe(job, mesh, all_layers=all_layers)
+
+
+def padded(shapes: list[tuple[int, int]], ranks: int) -> int:
+    """Elements of rank 0's shards, which the others' are padded to."""
+    return sum(math.ceil(rows / ranks) * columns for rows, columns in shapes)
+
+
+def amax_bytes(recipe: str, ranks: int) -> int:
+    """What the all-reduce of a step carries."""
+    even = all(rows % ranks == 0 for rows, _ in LINEARS)
+    per_weight = {
+        BASE: lambda rows, columns: 0,
+        "tensorwise": lambda rows, columns: 4,
+        "rowwise": lambda rows, columns: 4 * (rows + columns),
+        "blockwise": lambda rows, columns: 4 * (rows // 128) * (columns // 128),
+        # Exponents, 4 to a word, where they do not travel with the payload.
+        "mxfp8_rceil": lambda rows, columns: 0 if even else rows * 4 * math.ceil(columns / 128),
+    }
+    return LAYERS * sum(per_weight[recipe](rows, columns) for rows, columns in LINEARS)
+
+
+def scale_bytes(recipe: str, ranks: int) -> int:
+    """What a rank keeps: scales and their reciprocals, or exponents."""
+    if recipe == "mxfp8_rceil":
+        even = all(rows % ranks == 0 for rows, _ in LINEARS)
+        return 0 if even else LAYERS * sum(rows * columns // 32 for rows, columns in LINEARS)
+    return 2 * amax_bytes(recipe, ranks)
+
+
+@pytest.mark.parametrize("recipe", [BASE, "tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
+@pytest.mark.parametrize("ranks", [8, 100])
+def test_fsdp(ranks: int, recipe: str) -> None:
+    job = job_of(f"--training.global_batch_size={2 * ranks}", recipe=recipe)
+    found, n = dry(job, ranks), ranks
+    assert found.microbatches == 2
+
+    payload = padded(LINEARS, n)
+    if recipe == BASE:
+        payload *= BF16
+    elif RECIPES[recipe].scale_format == "e8m0" and n == 8:
+        payload += padded(LINEARS, n) // 32
+    block = payload + padded(NORMS, n) * BF16
+    root = padded(ROOT, n) * BF16
+    gathered = 2 * (2 * LAYERS * block + root)  # microbatches, forward and backward
+    elements = LAYERS * padded(LINEARS + NORMS, n) + padded(ROOT, n)
+    parameters = LAYERS * len(LINEARS + NORMS) + len(ROOT)
+    ring = 2 * (n - 1) / n
+    assert sent_by_purpose(found) == pytest.approx(
+        {
+            "weights": (n - 1) * gathered,
+            "gradients": 2 * (n - 1) * elements * FP32,
+            "activations": 0,
+            "scales": ring * amax_bytes(recipe, n),
+            "rest": ring * parameters * FP32,
+        },
+        rel=1e-12,  # of float64
+    )
+    assert found.gathered == n * gathered
+
+    table = 32 * HEAD // 2 * 2 * FP32  # of rotary positions: cosine and sine
+    memory = dict(found.memory)
+    assert memory.pop("unsharded") > n * (block + root)
+    assert memory.pop("activations") > 32 * VOCAB * FP32  # the logits alone
+    assert memory == {
+        "parameters": elements * FP32 + table,
+        "gradients": elements * FP32,
+        "optimizer": 2 * elements * FP32 + parameters * 4,  # a step count for each
+        "payloads": 0 if recipe == BASE else LAYERS * payload,
+        "scales": scale_bytes(recipe, n),
+    }
+
+    copies = 2 * (n + 1) * gathered
+    in_hp = LAYERS * padded(NORMS, n) * 2 + padded(ROOT, n)
+    if recipe == BASE:
+        in_hp += LAYERS * padded(LINEARS, n) * 2
+    casts = 2 * in_hp * (FP32 + BF16)
+    if recipe != BASE:
+        casts += LAYERS * (2 * padded(LINEARS, n) * FP32 + payload)
+    assert (found.passes.copies, found.passes.shards) == (copies, casts)
+
+
+def test_hsdp_reduces_gradients_between_replicas() -> None:
+    job = job_of("--parallelism.data_parallel_replicate_degree=4", recipe="rowwise")
+    found = dry(job, 8)
+    elements = LAYERS * padded(LINEARS + NORMS, 2) + padded(ROOT, 2)
+    # Two shards: 1/2 of all of both. Four replicas: 2 * 3/4 of a shard.
+    assert sent_by_purpose(found)["gradients"] == elements * FP32 * (1 + 2 * 3 / 4)
+    assert sent_by_purpose(found)["scales"] == amax_bytes("rowwise", 2)
+
+
+@pytest.mark.parametrize("recipe", [BASE, "rowwise", "rowwise_with_gw_hp"])
+def test_tensor_parallelism(recipe: str) -> None:
+    found = dry(job_of("--parallelism.tensor_parallel_degree=2", recipe=recipe), 8)
+    handed: Counter[tuple[str, str, str]] = Counter()
+    for kind, count in found.handed.items():
+        if kind.over == "tp" and kind.operation != "all_reduce":
+            handed[kind.phase, kind.operation, kind.dtype] += count
+    part = 32 // 2 * DIM  # of an activation
+    whole = 2 * part
+    expected = Counter(
+        {
+            # The output layer's input, and the gradient of the embedding.
+            ("forward", "all_gather", "bfloat16"): part * BF16,
+            ("backward", "all_gather", "bfloat16"): part * BF16,
+            # Sums of wo and w2, and of what goes into attention and feed-forward; of the embedding
+            # and the output layer.
+            ("forward", "reduce_scatter", "bfloat16"): (2 * LAYERS + 1) * whole * BF16,
+            ("backward", "reduce_scatter", "bfloat16"): (2 * LAYERS + 1) * whole * BF16,
+        }
+    )
+    scales = 2 * LAYERS * 32 // 2 * FP32
+    if recipe == BASE:
+        for phase in ("forward", "backward"):
+            expected[phase, "all_gather", "bfloat16"] += 2 * LAYERS * part * BF16
+    else:
+        expected["forward", "all_gather", "uint8"] += 2 * LAYERS * part
+        expected["forward", "all_gather", "float32"] += scales
+    if recipe == "rowwise":
+        expected["backward", "all_gather", "uint8"] += 2 * LAYERS * part
+        expected["backward", "all_gather", "float32"] += scales
+    elif recipe == "rowwise_with_gw_hp":  # inputs once more, and gradients
+        expected["backward", "all_gather", "bfloat16"] += 4 * LAYERS * part * BF16
+    assert handed == expected
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (
+            "--model.flavor=debugmodel:5",
+            "--activation_checkpoint.mode=selective",
+            "--parallelism.fsdp_reshard_after_forward=never",
+        ),
+        ("--parallelism.tensor_parallel_degree=2",),
+    ],
+    ids=["every second, never", "tp"],
+)
+def test_two_short_models_tell_what_a_deep_one_does(more: tuple[str, ...]) -> None:
+    job = job_of("--model.flavor=debugmodel:4", *more, recipe="rowwise")
+    assert dry(job, 4) == dry(job, 4, all_layers=True)
+
+
+def test_layers_that_are_not_alike_are_noticed() -> None:
+    first = dry(job_of("--model.flavor=debugmodel:1"), 2)
+    other = replace(first, calls={}, handed={})
+    with pytest.raises(AssertionError, match="other kinds"):
+        dry_run._continued(first, other, 2)
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit 3 ranks"):
+        dry(job_of("--parallelism.tensor_parallel_degree=2"), 3)
+    with pytest.raises(ValueError, match="does not divide the 4 heads"):
+        dry(job_of("--parallelism.tensor_parallel_degree=3"), 3)
+    with pytest.raises(ValueError, match="is not a multiple of"):
+        microbatches(job_of("--training.global_batch_size=6"), 4)
+    with pytest.raises(ValueError, match="does not exist"):
+        dry_run.shape_of(job_of("--model.flavor=9B"))
+    assert not dist.is_initialized()
+
+
+def test_a_process_group_is_in_the_way() -> None:
+    job = job_of()
+    with fake_mesh(job, 2), pytest.raises(AssertionError, match="without a process group"):
+        with fake_mesh(job, 2):
+            pass
