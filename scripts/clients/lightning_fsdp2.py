@@ -53,9 +53,7 @@ class NextByte(lightning.LightningModule):
 
 if __name__ == "__main__":
     text = torch.tensor(list(open(__file__, "rb").read()))  # it learns this file
-    ranks = int(os.environ["WORLD_SIZE"])
-    strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
-    trainer = lightning.Trainer(
-        strategy=strategy, devices=ranks, max_epochs=3, default_root_dir="outputs/lightning"
-    )
+    ranks, folder = int(os.environ["WORLD_SIZE"]), "outputs/lightning"
+    fsdp = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+    trainer = lightning.Trainer(strategy=fsdp, devices=ranks, max_epochs=3, default_root_dir=folder)
     trainer.fit(NextByte(), DataLoader(text.unfold(0, 9, 1), batch_size=32, shuffle=True))

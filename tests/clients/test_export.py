@@ -10,9 +10,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fp8dist.config import RECIPES
+from fp8dist.linear import Float8Linear
 from fp8dist.numerics import repeat_blocks
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from tests.clients.client import float8_of, script
+from tests.clients.models import convert, new_model
 from tests.distributed.harness import run_on_ranks
 
 pytest.importorskip("compressed_tensors")
@@ -78,3 +80,16 @@ def test_transformers_loads_the_unsharded_values(recipe: str, tmp_path: Path) ->
         # scale of a weight instead, which rounds otherwise.
         trained = program.new_model(recipe)(tokens).logits
         torch.testing.assert_close(logits, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_load_in_high_precision(name: str, tmp_path: Path) -> None:
+    program = script("export_to_transformers")
+    model = convert(new_model(name))
+    program.export(model, tmp_path)
+    loaded = program.load(tmp_path).state_dict()
+    expected = model.state_dict()
+    assert loaded.keys() == expected.keys()
+    layers = {f"{fqn}.weight" for fqn, m in model.named_modules() if isinstance(m, Float8Linear)}
+    changed = {name for name, value in loaded.items() if not value.equal(expected[name])}
+    assert len(layers) == 8 and changed == layers
