@@ -22,9 +22,10 @@ def mesh() -> Iterator[DeviceMesh]:
 
 def test_collectives_by_kind(mesh: DeviceMesh) -> None:
     shards, tp = mesh.get_group("dp_shard"), mesh.get_group("tp")
-    # torch 2.13 has renamed these two.
+    # torch 2.13 has renamed these.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    gather_functional = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
     with Observer(mesh) as observer:
         observer.phase = "forward"
         for size in (4, 6):
@@ -32,7 +33,7 @@ def test_collectives_by_kind(mesh: DeviceMesh) -> None:
         observer.phase = "backward"
         scatter(torch.empty(4), torch.empty(12), group=shards)
         dist.all_reduce(torch.ones(5, dtype=torch.int32), dist.ReduceOp.MAX, group=dist.group.WORLD)
-        gathered = funcol.all_gather_tensor(torch.ones(2, 2, dtype=torch.bfloat16), 0, tp)
+        gathered = gather_functional(torch.ones(2, 2, dtype=torch.bfloat16), 0, tp)
         funcol.wait_tensor(gathered)
     assert observer.calls == {
         Collective("forward", "all_gather", "", "float32", "dp_shard", 3): 2,
