@@ -15,16 +15,28 @@ from fp8dist.tensor_parallel import (
 )
 
 if TYPE_CHECKING:
-    from torchao.float8 import Float8LinearConfig
+    from torchao.float8 import (
+        CastConfig,
+        Float8GemmConfig,
+        Float8LinearConfig,
+        Float8LinearRecipeName,
+        ScalingGranularity,
+        ScalingType,
+    )
 
 __all__ = [
+    "CastConfig",
     "FastAccum",
     "Float8ColwiseParallel",
     "Float8Config",
+    "Float8GemmConfig",
     "Float8Linear",
     "Float8LinearConfig",
+    "Float8LinearRecipeName",
     "Float8RowwiseParallel",
     "PrepareFloat8ModuleInput",
+    "ScalingGranularity",
+    "ScalingType",
     "convert_moe_to_float8_training",
     "convert_to_float8_training",
     "export_float8",
@@ -34,9 +46,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Float8LinearConfig":  # importing torchao takes seconds and prints; most need not
-        from torchao.float8 import Float8LinearConfig
+# Of which a `Float8LinearConfig` is made: torchao's own, so that its scripts change their imports.
+_TORCHAO = (
+    "CastConfig",
+    "Float8GemmConfig",
+    "Float8LinearConfig",
+    "Float8LinearRecipeName",
+    "ScalingGranularity",
+    "ScalingType",
+)
 
-        return Float8LinearConfig
+
+def __getattr__(name: str) -> Any:
+    if name in _TORCHAO:  # importing torchao takes seconds and prints; most need not
+        import torchao.float8
+
+        return getattr(torchao.float8, name)
     raise AttributeError(f"module 'fp8dist' has no attribute {name!r}")

@@ -16,10 +16,10 @@ from fp8dist.tensors.weight_state import WeightState, cast_payloads, update_scal
 Weight = tuple[WeightState, DTensor]
 
 
-def _roots(module_or_modules: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    if isinstance(module_or_modules, nn.Module):
-        return [module_or_modules]
-    return list(module_or_modules)
+def _roots(module: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(module, nn.Module):
+        return [module]
+    return list(module)
 
 
 def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
@@ -62,7 +62,7 @@ def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weig
 @torch.inference_mode(False)  # what is made here is written to in training
 @torch.no_grad()
 def precompute_float8_dynamic_scale_for_fsdp(
-    module_or_modules: nn.Module | Iterable[nn.Module],
+    module: nn.Module | Iterable[nn.Module],
 ) -> None:
     """Compute the scales of all float8 weights in one all-reduce, and cast their payloads.
 
@@ -79,7 +79,7 @@ def precompute_float8_dynamic_scale_for_fsdp(
     All ranks are assumed to make the same edits to their shards, as FSDP2 assumes throughout.
 
     Args:
-        module_or_modules: a model, or the parts of one (pipeline stages), after
+        module: a model, or the parts of one (pipeline stages), after
             `parallelize_module` and `fully_shard`. Modules without float8 weights are passed over.
 
     Raises:
@@ -87,7 +87,7 @@ def precompute_float8_dynamic_scale_for_fsdp(
             in a way that cannot be gathered in float8, or tensor parallelism cuts it into parts
             that its recipe cannot scale.
     """
-    roots = _roots(module_or_modules)
+    roots = _roots(module)
     for root in roots:
         check_reshard(root)
     for group, weights in _by_group(list(_sharded_weights(roots))).items():
@@ -103,7 +103,7 @@ def precompute_float8_dynamic_scale_for_fsdp(
 
 
 def register_precompute_hook(
-    optimizer: torch.optim.Optimizer, module_or_modules: nn.Module | Iterable[nn.Module]
+    optimizer: torch.optim.Optimizer, module: nn.Module | Iterable[nn.Module]
 ) -> RemovableHandle:
     """Call `precompute_float8_dynamic_scale_for_fsdp` after every `optimizer.step()`.
 
@@ -113,7 +113,7 @@ def register_precompute_hook(
     Raises:
         ValueError: `fully_shard` was given an int for `reshard_after_forward`.
     """
-    roots = _roots(module_or_modules)
+    roots = _roots(module)
     for root in roots:
         check_reshard(root)
 

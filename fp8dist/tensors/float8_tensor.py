@@ -8,6 +8,7 @@ from torch.utils import _pytree as pytree
 from fp8dist import numerics
 from fp8dist.config import Block
 from fp8dist.numerics import Scaled
+from fp8dist.tensors.placement import matrix_size
 
 aten = torch.ops.aten
 
@@ -131,3 +132,29 @@ class Float8Tensor(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def scales_by_use(scales: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`WeightState.scales` as `Float8Tensor` takes them."""
+    return scales[0] if scales else None, scales[1] if len(scales) > 1 else None
+
+
+def gathered_weight(
+    payload: torch.Tensor, scales: list[torch.Tensor], size: torch.Size, dtype: torch.dtype
+) -> Float8Tensor:
+    """What is gathered of a weight, `size` and standing for `dtype`, from the payloads of all ranks
+    and `WeightState.scales`.
+    """
+    own_scales, scales_for_grad_input = scales_by_use(scales)
+    data = gathered_data(payload, own_scales is None, size)
+    return Float8Tensor(data, own_scales, size, dtype, scales_for_grad_input)
+
+
+def gathered_data(payload: torch.Tensor, packed: bool, size: torch.Size) -> torch.Tensor:
+    """The data of a `Float8Tensor` of `size` in the payloads of all ranks."""
+    # Ranks pad their rows at the end, and other dimensions have been put together: the weight's
+    # rows are contiguous.
+    rows, columns = matrix_size(size)
+    if packed:
+        return payload.view(rows, -1)
+    return payload.view(-1)[: rows * columns].view(rows, columns).view(torch.float8_e4m3fn)

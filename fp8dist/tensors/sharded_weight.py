@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors import addresses
+from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight, scales_by_use
 from fp8dist.tensors.placement import matrix_size
 from fp8dist.tensors.weight_state import Edits, Seen, WeightState, local_shard, update_scales
 
@@ -199,6 +200,26 @@ class Float8ShardedWeight(torch.Tensor):
         self._stays_frozen = False
         return super().requires_grad_(requires_grad)
 
+    @property
+    def data(self) -> torch.Tensor:
+        """As any tensor's; what is assigned takes the place of the plain tensor inside."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        inner = value._tensor if isinstance(value, Float8ShardedWeight) else value.detach()
+        # This sets the size, dtype and device outside, and nothing else.
+        torch.Tensor.data.__set__(self, self._like(inner))  # type: ignore[attr-defined]
+        self._tensor = inner
+        self._edits.count += 1
+
+    def data_ptr(self) -> int:
+        """The address of the plain tensor inside; see [Note: addresses] in `addresses`."""
+        return 0 if addresses.hidden() else self._tensor.data_ptr()
+
+    __deepcopy__ = addresses.without_address(torch.Tensor.__deepcopy__)
+    __reduce_ex__ = addresses.without_address(torch.Tensor.__reduce_ex__)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_tensor"], None
 
@@ -289,33 +310,7 @@ class Float8ShardedWeight(torch.Tensor):
     def _unsharded(
         self, payload: torch.Tensor, scales: Any, size: torch.Size, dtype: torch.dtype
     ) -> Float8Tensor:
-        return _float8(payload, scales, size, dtype)
-
-
-def scales_by_use(scales: list[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`WeightState.scales` as `Float8Tensor` takes them."""
-    return scales[0] if scales else None, scales[1] if len(scales) > 1 else None
-
-
-def _float8(
-    payload: torch.Tensor, scales: list[torch.Tensor], size: torch.Size, dtype: torch.dtype
-) -> Float8Tensor:
-    """What is gathered of a weight, `size` and standing for `dtype`, from the payloads of all ranks
-    and `WeightState.scales`.
-    """
-    own_scales, scales_for_grad_input = scales_by_use(scales)
-    data = gathered_data(payload, own_scales is None, size)
-    return Float8Tensor(data, own_scales, size, dtype, scales_for_grad_input)
-
-
-def gathered_data(payload: torch.Tensor, packed: bool, size: torch.Size) -> torch.Tensor:
-    """The data of a `Float8Tensor` of `size` in the payloads of all ranks."""
-    # Ranks pad their rows at the end, and other dimensions have been put together: the weight's
-    # rows are contiguous.
-    rows, columns = matrix_size(size)
-    if packed:
-        return payload.view(rows, -1)
-    return payload.view(-1)[: rows * columns].view(rows, columns).view(torch.float8_e4m3fn)
+        return gathered_weight(payload, scales, size, dtype)
 
 
 @torch.inference_mode(False)
@@ -349,7 +344,7 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
         payload = state.current_payload(shard.data, param)
     if state.scales is None:
         raise AssertionError(f"{state.fqn}: no scales of a weight that was just looked at")
-    return _float8(payload, state.scales, torch.Size(shard.size), dtype)
+    return gathered_weight(payload, state.scales, torch.Size(shard.size), dtype)
 
 
 # FSDP2 asks for the signature at every all-gather; so it need not be put together each time.

@@ -29,7 +29,14 @@ MARK = "  # <- for "  # before the module that an example's import was of
 
 # Of `torchao.float8.__all__` and its module of tensor-parallel styles: torchao's own object; what
 # is called as torchao's is; and what is not here, with the reason.
-ITS_OWN = ("Float8LinearConfig",)
+ITS_OWN = (
+    "CastConfig",
+    "Float8GemmConfig",
+    "Float8LinearConfig",
+    "Float8LinearRecipeName",
+    "ScalingGranularity",
+    "ScalingType",
+)
 CALLED_ALIKE = (
     "convert_to_float8_training",
     "precompute_float8_dynamic_scale_for_fsdp",
@@ -37,13 +44,7 @@ CALLED_ALIKE = (
     "Float8RowwiseParallel",
     "PrepareFloat8ModuleInput",
 )
-CONFIG_ONLY = "only ever a part of Float8LinearConfig, which is torchao's: import it from there"
 NOT_HERE = {
-    "CastConfig": CONFIG_ONLY,
-    "Float8GemmConfig": CONFIG_ONLY,
-    "Float8LinearRecipeName": "an enum of the recipes' names, which are strings here",
-    "ScalingGranularity": CONFIG_ONLY,
-    "ScalingType": CONFIG_ONLY,
     "_auto_filter_for_recipe": "float8_module_filter(recipe, [*fqns, 'auto_filter_small_kn'])",
     "FP8Granularity": "of inference",
 }

@@ -32,6 +32,7 @@ LAYERS = [
     "tensor_parallel",
     "torchtitan",
     "train",
+    "plan",
 ]
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -60,6 +60,23 @@ def test_a_module_is_moved_as_trained_or_frozen_as_it_was(trained: bool) -> None
     assert module.weight.requires_grad_(not trained).requires_grad == (not trained)
 
 
+# --- what is assigned to `data`
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_assigned_data_take_the_place_of_the_tensor_inside(
+    dtype: torch.dtype, wrapped: bool
+) -> None:
+    param, value = parameter(), hp_weight(1)[:16].to(dtype)
+    param.data = Float8ShardedWeight(value) if wrapped else value
+    assert param.shape == (16, K) and param.dtype == dtype
+    assert isinstance(param, Float8ShardedWeight) and isinstance(param, nn.Parameter)
+    assert param._tensor.data_ptr() == value.data_ptr()
+    assert torch.equal(param.data._tensor, value)
+    assert count(param) == 1
+
+
 # --- optimizers
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
