@@ -49,8 +49,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
 fp8dist.register_precompute_hook(optimizer, model)
 text = torch.tensor(list(open(__file__, "rb").read()))  # it learns this file
 for step in range(61):
-    starts = torch.randint(len(text) - 128, (dist.get_world_size(), 8, 1))[dist.get_rank()]
-    loss = model(text[starts + torch.arange(129)])
+    starts = torch.randint(len(text) - 64, (dist.get_world_size(), 8, 1))[dist.get_rank()]
+    loss = model(text[starts + torch.arange(65)])
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

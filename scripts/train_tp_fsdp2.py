@@ -47,8 +47,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
 fp8dist.register_precompute_hook(optimizer, model)
 text = torch.tensor(list(open(__file__, "rb").read()))  # it learns this file
 for step in range(41):
-    starts = torch.randint(len(text) - 128, (mesh["dp"].size(), 8, 1))[mesh["dp"].get_local_rank()]
-    tokens = text[starts + torch.arange(129)]  # the same on the ranks of tensor parallelism
+    starts = torch.randint(len(text) - 64, (mesh["dp"].size(), 8, 1))[mesh["dp"].get_local_rank()]
+    tokens = text[starts + torch.arange(65)]  # the same on the ranks of tensor parallelism
     with tp.loss_parallel():  # of logits that are cut along the vocabulary
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
