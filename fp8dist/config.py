@@ -69,6 +69,13 @@ class Recipe:
     min_capability: tuple[int, int] = (8, 9)
     max_capability: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if self.scale_format == "exact" and self.weight != self.weight_for_grad_input:
+            raise AssertionError(
+                f"{self.name}: from one float8 copy of the weight another scaling comes by powers "
+                "of two only, exact scales would round twice"
+            )
+
 
 # tensorwise, rowwise and rowwise_with_gw_hp are torchao's recipes of these names; blockwise is the
 # layout of DeepSeek-V3 (arXiv:2412.19437, section 3.3.2); mxfp8_rceil and its _wgrad_with_hp are

@@ -213,3 +213,9 @@ def test_float8_gathers_of_rowwise_weights_are_on_and_said_so(
             Float8LinearConfig.from_recipe_name("rowwise")
         ).enable_fsdp_float8_all_gather
     assert "float8 all-gather of rowwise weights" in caplog.text
+
+
+def test_exact_scales_are_the_same_forward_and_backward() -> None:
+    """Other blocks in backward are a shift of the exponent, which exact scales do not have."""
+    with pytest.raises(AssertionError, match="rowwise: .*powers of two"):
+        dataclasses.replace(RECIPES["rowwise"], scale_format="exact")
