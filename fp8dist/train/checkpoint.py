@@ -14,7 +14,9 @@ import torch.nn as nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from fp8dist.train.background_save import BackgroundSaver
 from fp8dist.train.checkpoint_files import Rehearsal, SafePlanner, SafeReader, check_files
+from fp8dist.train.config_sections import CheckpointSection
 from fp8dist.train.distributed import agree
 
 UNFINISHED = ".tmp"
@@ -27,11 +29,25 @@ class Checkpointer:
     about the run is a dictionary of plain values that the caller owns.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self._folder, self._model, self._optimizer = folder, model, optimizer
+    def __init__(
+        self,
+        section: CheckpointSection,
+        dump_folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ):
+        self._folder = dump_folder / section.folder
+        self._model, self._optimizer = model, optimizer
+        mode = section.async_mode
+        self._background = None if mode == "disabled" else BackgroundSaver(mode)
 
     def save(self, step: int, progress: dict[str, Any]) -> None:
-        """Write checkpoint `step`; it appears under its name only when it is complete."""
+        """Write checkpoint `step`; it appears under its name only when it is complete.
+
+        Asynchronously this returns when all that it needs has been copied, and first waits for the
+        save before, whose error it raises.
+        """
+        self.wait()
         finished = self._folder / f"step-{step}"
         unfinished = finished.with_name(finished.name + UNFINISHED)
 
@@ -47,8 +63,26 @@ class Checkpointer:
 
         agree(clear_way)
         state = {**self._tensors(), "progress": json.dumps(progress)}
-        dcp.save(state, checkpoint_id=unfinished)
-        agree(publish)
+        if self._background is None:
+            dcp.save(state, checkpoint_id=unfinished)
+            agree(publish)
+        else:
+            self._background.save(state, unfinished, publish)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            ValueError: on every rank: what was being written could not be published.
+        """
+        if self._background is not None:
+            agree(self._background.wait)
+
+    def close(self) -> None:
+        """`wait`, and give back what saving kept; nothing can be saved after this."""
+        self.wait()
+        if self._background is not None:
+            self._background.close()
 
     def load_newest(self) -> dict[str, Any] | None:
         """Restore the newest checkpoint and return its progress; None if there is none.

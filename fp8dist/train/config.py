@@ -16,10 +16,8 @@ from typing import Any, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-import fp8dist.config
+from fp8dist.train.config_checks import check_combinations
 from fp8dist.train.config_sections import (
-    DATASETS,
-    FETCHED_DATASETS,
     FLOAT8_CONVERTER,
     GROUPED_FLOAT8_CONVERTER,
     GROUPED_MX_CONVERTER,
@@ -39,8 +37,10 @@ from fp8dist.train.config_sections import (
     MXLinearSection,
     OptimizerSection,
     ParallelismSection,
+    ProfilingSection,
     QuantizeSection,
     TrainingSection,
+    ValidationSection,
 )
 from fp8dist.train.config_values import (
     LIMITS,
@@ -68,6 +68,7 @@ class JobConfig:
     """Train a Llama under FSDP2, with float8 communication where asked."""
 
     job: JobSection = field(default_factory=JobSection)
+    profiling: ProfilingSection = field(default_factory=ProfilingSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     model: ModelSection = field(default_factory=ModelSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
@@ -82,6 +83,7 @@ class JobConfig:
     quantize: QuantizeSection = field(default_factory=QuantizeSection)
     debug: DebugSection = field(default_factory=DebugSection)
     comm: CommSection = field(default_factory=CommSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
 
     @property
     def conversion(self) -> Float8LinearSection | MXLinearSection | None:
@@ -127,90 +129,7 @@ class JobConfig:
                 holds, words = LIMITS[key]
                 if not holds(value):
                     raise ValueError(f"{key} is {value}; it must be {words}")
-        self._validate_degrees()
-        self._validate_converters()
-        self._validate_recipes()
-        self._validate_float8()
-        self._validate_activation_checkpoint()
-        self._validate_dataset()
-
-    def _validate_degrees(self) -> None:
-        for kind in ("pipeline", "context"):
-            key = f"parallelism.{kind}_parallel_degree"
-            if (degree := _get(self, key)) > 1:
-                raise ValueError(
-                    f"{key} is {degree}: {kind} parallelism is not supported by this trainer; set "
-                    f"it to 1 and use the data_parallel degrees and tensor_parallel_degree"
-                )
-
-    def _validate_converters(self) -> None:
-        linear = (FLOAT8_CONVERTER, MX_CONVERTER)
-        grouped = (GROUPED_FLOAT8_CONVERTER, GROUPED_MX_CONVERTER)
-        for name in self.model.converters:
-            if name not in linear + grouped:
-                raise ValueError(
-                    f"model.converters has the unknown {name!r}"
-                    f"{did_you_mean(name, linear + grouped, cutoff=0)}"
-                )
-        if set(linear) <= set(self.model.converters):
-            raise ValueError(
-                f"model.converters has both {' and '.join(linear)}: a job has one recipe, keep one "
-                f"of them. From Python, fp8dist.convert_to_float8_training takes a list of "
-                f"(filter, recipe) for models that mix recipes"
-            )
-        if set(grouped) <= set(self.model.converters):
-            raise ValueError(
-                f"model.converters has both {' and '.join(grouped)}: experts have one recipe, keep "
-                f"one of them"
-            )
-
-    def _validate_recipes(self) -> None:
-        linear = self.quantize.linear
-        named = {FLOAT8_CONVERTER: linear.float8.recipe_name, MX_CONVERTER: linear.mx.recipe_name}
-        for section, name in named.items():
-            try:
-                recipe = fp8dist.config.recipe(name)
-            except ValueError as error:
-                raise ValueError(f"{section}.recipe_name: {error}") from None
-            right = MX_CONVERTER if recipe.scale_format == "e8m0" else FLOAT8_CONVERTER
-            if section != right:
-                raise ValueError(
-                    f"{section}.recipe_name is {name!r}, a recipe of {right}: set "
-                    f"{right}.recipe_name, and model.converters to {right}"
-                )
-        name = self.quantize.grouped_mm.mx.recipe_name
-        if name not in ("mxfp8", "mxfp8_rceil"):
-            raise ValueError(
-                f"{GROUPED_MX_CONVERTER}.recipe_name is {name!r}; expected mxfp8 or mxfp8_rceil. "
-                f"{GROUPED_FLOAT8_CONVERTER} scales experts by rows"
-            )
-
-    def _validate_float8(self) -> None:
-        section, float8 = FLOAT8_CONVERTER, self.quantize.linear.float8
-        if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.float8_all_gather:
-            raise ValueError(
-                f"{section}.precompute_float8_dynamic_scale_for_fsdp is true but "
-                f"{section}.enable_fsdp_float8_all_gather is false: scales are precomputed only "
-                f"for the float8 all-gather. Turn the gather on, or leave precompute unset"
-            )
-
-    def _validate_activation_checkpoint(self) -> None:
-        option = self.activation_checkpoint.selective_ac_option
-        if option != "op" and not (option.isdecimal() and int(option) >= 1):
-            raise ValueError(
-                f"activation_checkpoint.selective_ac_option is {option!r}; expected 'op' or a "
-                f"whole number of blocks, at least 1"
-            )
-
-    def _validate_dataset(self) -> None:
-        known = DATASETS + FETCHED_DATASETS
-        name = self.training.dataset
-        # With a path the name is a label: torchtitan users register their own.
-        if self.training.dataset_path is None and name not in known:
-            raise ValueError(
-                f"training.dataset is {name!r}; expected {' or '.join(DATASETS)}, or a file or "
-                f"folder in training.dataset_path{did_you_mean(name, known)}"
-            )
+        check_combinations(self)
 
 
 def parse_config(argv: Sequence[str]) -> JobConfig:

@@ -28,6 +28,12 @@ BUILT_IN_DATASET = "stdlib"
 DATASETS = (BUILT_IN_DATASET, "text")
 """Names of the data sets this trainer ships a reader for."""
 
+TORCH_DATASET = "torch"
+"""Name of the validation text that every machine with this trainer has."""
+
+VALIDATION_DATASETS = (TORCH_DATASET, "text")
+"""Names of the validation sets this trainer ships a reader for."""
+
 FETCHED_DATASETS = ("c4", "c4_test", "c4_validation")
 """torchtitan's data sets, which it downloads; this trainer downloads nothing."""
 
@@ -44,6 +50,22 @@ class JobSection:
     """Folder for everything the run writes; other folder names are relative to it."""
     description: str = "default job"
     """One line about the run, kept in its JSON."""
+
+
+@dataclass
+class ProfilingSection:
+    """Traces of torch.profiler, one file per rank, for chrome://tracing or Perfetto."""
+
+    enable_profiling: bool = False
+    """Write traces."""
+    save_traces_folder: str = "profile_traces"
+    """Traces' folder, inside job.dump_folder; a trace is iteration_N/rankR_trace.json there."""
+    profile_freq: int = 10
+    """Steps between the ends of two traces."""
+    profiler_active: int = 1
+    """Steps in a trace: the last ones of each profile_freq."""
+    profiler_warmup: int = 3
+    """Steps before those, in which the profiler runs and its results are dropped."""
 
 
 @dataclass
@@ -65,7 +87,7 @@ class ModelSection:
     name: Literal["llama3"] = "llama3"
     """Model architecture."""
     flavor: str = "debugmodel"
-    """Size: debugmodel, 8B or 70B; or debugmoe, a mixture of experts."""
+    """Size: debugmodel, 8B, 70B or 405B; or debugmoe, a mixture of experts."""
     hf_assets_path: str | None = None
     """Folder whose tokenizer.json is the tokenizer; none: one token per byte of text."""
     converters: list[str] = field(default_factory=list)
@@ -128,6 +150,9 @@ class TrainingSection:
     """Dtype of sharded parameters, gradients and optimizer state."""
     mixed_precision_param: Dtype = "bfloat16"
     """Dtype in which FSDP gathers parameters and computes."""
+    enable_cpu_offload: bool = False
+    """Keep sharded parameters, gradients and optimizer state in main memory, and run the optimizer
+    there; slower, for models that do not fit otherwise."""
 
     @property
     def text_path(self) -> Path | None:
@@ -136,15 +161,20 @@ class TrainingSection:
         Raises ValueError if `dataset` names text that is not on this machine and `dataset_path`
         does not say where it is.
         """
-        if self.dataset_path is not None:
-            return Path(self.dataset_path).expanduser()
-        if self.dataset == BUILT_IN_DATASET:
-            return None
-        raise ValueError(
-            f"training.dataset is {self.dataset!r}, which needs training.dataset_path: nothing is "
-            f"downloaded here. Set training.dataset_path to a .txt or .jsonl file or to a folder "
-            f"of them, or training.dataset to {BUILT_IN_DATASET!r} (the built-in text)"
-        )
+        return _text_path("training", self.dataset, self.dataset_path, BUILT_IN_DATASET)
+
+
+def _text_path(section: str, dataset: str, path: str | None, built_in: str) -> Path | None:
+    """Where a section's text is; None is the one that is built in."""
+    if path is not None:
+        return Path(path).expanduser()
+    if dataset == built_in:
+        return None
+    raise ValueError(
+        f"{section}.dataset is {dataset!r}, which needs {section}.dataset_path: nothing is "
+        f"downloaded here. Set {section}.dataset_path to a .txt or .jsonl file or to a folder "
+        f"of them, or {section}.dataset to {built_in!r} (the built-in text)"
+    )
 
 
 @dataclass
@@ -196,7 +226,11 @@ class CheckpointSection:
     folder: str = "checkpoint"
     """Checkpoints' folder, inside job.dump_folder."""
     interval: int = 500
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; the last step is always saved."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Write while training goes on, from a copy in main memory of what is saved. disabled: training
+    waits; async: it waits for the copy; async_with_pinned_mem: for less long, since page-locked
+    memory is kept for the copy."""
 
 
 @dataclass
@@ -286,7 +320,7 @@ class GroupedMXSection:
     """Experts in MXFP8; on when model.converters has quantize.grouped_mm.mx."""
 
     recipe_name: str = "mxfp8"
-    """mxfp8, or mxfp8_rceil, the same."""
+    """Recipe: mxfp8, or mxfp8_rceil, the same."""
     fqns: list[str] = field(default_factory=lambda: ["experts"])
     """Experts to convert, comma-separated parts of their names."""
 
@@ -323,3 +357,33 @@ class CommSection:
 
     train_timeout_seconds: int = 100
     """Seconds a collective may take before the job ends."""
+
+
+@dataclass
+class ValidationSection:
+    """The loss on text that is not trained on, now and then."""
+
+    enable: bool = False
+    """Validate. Training is bitwise the same with and without."""
+    dataset: str = TORCH_DATASET
+    """Data set. torch: the Python source text of the installed torch; text: the files at
+    validation.dataset_path, which torchtitan's c4_validation needs too."""
+    dataset_path: str | None = None
+    """File, or folder of files, as in training.dataset_path, whatever validation.dataset says."""
+    local_batch_size: int | None = None
+    """Sequences in one forward of a data-parallel rank; none: training.local_batch_size."""
+    seq_len: int | None = None
+    """Tokens per sequence; none: training.seq_len."""
+    freq: int = 10
+    """Training steps between two validations; one is made after the last step, too."""
+    steps: int = -1
+    """Forwards of each rank in a validation, on text that is the same every time; -1: as many as
+    there are whole global batches of it."""
+
+    @property
+    def text_path(self) -> Path | None:
+        """File or folder to read; None is torch's own source text.
+
+        Raises ValueError as `TrainingSection.text_path` does.
+        """
+        return _text_path("validation", self.dataset, self.dataset_path, TORCH_DATASET)

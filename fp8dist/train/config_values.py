@@ -125,6 +125,9 @@ _MINUS_ONE_OR_POSITIVE = (lambda value: value == -1 or value >= 1, "-1 or at lea
 _BETA = (lambda value: 0 <= value < 1, "from 0 to below 1")
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "profiling.profile_freq": _at_least(1),
+    "profiling.profiler_active": _at_least(1),
+    "profiling.profiler_warmup": _at_least(0),
     "metrics.log_freq": _at_least(1),
     "optimizer.lr": _at_least(0),
     "optimizer.beta1": _BETA,
@@ -146,5 +149,9 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.interval": _at_least(1),
     "debug.seed": _at_least(0),
     "comm.train_timeout_seconds": _at_least(1),
+    "validation.local_batch_size": _at_least(1),
+    "validation.seq_len": _at_least(1),
+    "validation.freq": _at_least(1),
+    "validation.steps": _MINUS_ONE_OR_POSITIVE,
 }
 """Key -> (test of its value, the words for it). NaN passes none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 REFERENCE_BYTES = 64 * 2**20
 """The reference entropies are computed on at most this much text."""
@@ -37,32 +38,34 @@ class Document(NamedTuple):
             ) from error
 
 
-def find_documents(path: Path | None) -> list[Document]:
+def find_documents(path: Path | None, section: str = "training") -> list[Document]:
     """The documents at `path`, a .txt or .jsonl file or a folder of them, in a fixed order.
 
-    Without a path: the source files of this Python's standard library, its tests left out.
+    Without a path: the source files of this Python's standard library, its tests left out; to
+    validate (`section` is the configuration's, whose dataset_path it is), torch's own.
 
     Raises:
         ValueError: nothing to train on is there, or it is of another kind.
     """
-    if path is None:
+    key = f"{section}.dataset_path"
+    if path is None and section == "validation":
+        files, where = torch_sources(), "torch"
+    elif path is None:
         files, where = standard_library_sources(), "Python's standard library"
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
         where = str(path)
     elif path.is_file():
         if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(
-                f"training.dataset_path {path} is neither a .txt nor a .jsonl file, nor a folder"
-            )
+            raise ValueError(f"{key} {path} is neither a .txt nor a .jsonl file, nor a folder")
         files, where = [path], str(path)
     else:
-        raise ValueError(f"training.dataset_path {path} does not exist")
+        raise ValueError(f"{key} {path} does not exist")
     documents = [document for file in files for document in _documents_in(file)]
     if not documents:
         raise ValueError(
-            f"{where} has no text to train on: give training.dataset_path a .txt or .jsonl file "
-            "that is not empty, or a folder of them"
+            f"{where} has no text to {'train on' if section == 'training' else 'validate on'}: "
+            f"give {key} a .txt or .jsonl file that is not empty, or a folder of them"
         )
     documents[0].read()  # a .jsonl without "text" is refused now, not in the middle of the run
     return documents
@@ -77,6 +80,11 @@ def standard_library_sources() -> list[Path]:
         for path in root.rglob("*.py")
         if path.is_file() and not left_out.intersection(path.relative_to(root).parts)
     )
+
+
+def torch_sources() -> list[Path]:
+    """The .py files of the installed torch in a fixed order."""
+    return sorted(Path(torch.__file__).parent.rglob("*.py"))
 
 
 def _documents_in(path: Path) -> Iterator[Document]:

@@ -14,14 +14,16 @@ from fp8dist.train.config import JobConfig
 from fp8dist.train.data import build_dataset, find_data
 from fp8dist.train.distributed import agree, same_everywhere
 from fp8dist.train.documents import reference_entropies
-from fp8dist.train.metrics import Reporter, RunRecord, write_json
+from fp8dist.train.metrics import Reporter, RunRecord, new_record, timed, write_json
 from fp8dist.train.model import model_shape
 from fp8dist.train.moe import MoE, balance
 from fp8dist.train.optimizer import build_optimizer, set_learning_rate
 from fp8dist.train.parallelize import build_loss, build_mesh, build_model
 from fp8dist.train.plot import plot_losses
+from fp8dist.train.profiling import traces
 from fp8dist.train.same_run import check_same, facts_of_job, facts_of_model
 from fp8dist.train.tensor_parallel import loss_context
+from fp8dist.train.validation import Validator
 from fp8dist.train.wire import count_all_gathers
 
 logger = logging.getLogger(__name__)
@@ -60,28 +62,22 @@ class Trainer:
         self.loss = build_loss(job)
         self.optimizer = build_optimizer(self.model, job)
         self.checkpointer = (
-            Checkpointer(self.folder / job.checkpoint.folder, self.model, self.optimizer)
+            Checkpointer(job.checkpoint, self.folder, self.model, self.optimizer)
             if job.checkpoint.enable
             else None
         )
-        self.record = RunRecord(
-            config=job.to_dict(),
-            device="CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
-            ranks=dist.get_world_size(),
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+        self.validator = (
+            Validator(job, self.model, self.loss, tokenizer, device, rank=rank, world=world)
+            if job.validation.enable
+            else None
         )
+        self.record = new_record(job, device, self.model)
         if tokenizer.name == "bytes":
-            entropies = reference_entropies(documents)
-            self.record.entropy_of_bytes = entropies.single_bytes
-            self.record.entropy_of_byte_pairs = entropies.byte_pairs
+            self.record.set_entropies(reference_entropies(documents))
         logger.info(
-            "%s: %.1f million parameters, %d ranks on %s, %d documents, tokenizer: %s",
-            job.model.flavor,
-            self.record.parameters / 1e6,
-            self.record.ranks,
-            self.record.device,
-            len(documents),
-            tokenizer.name,
+            f"{job.model.flavor}: {self.record.parameters / 1e6:.1f} million parameters, "
+            f"{self.record.ranks} ranks on {self.record.device}, {len(documents)} documents, "
+            f"tokenizer: {tokenizer.name}"
         )
         if device.type == "cuda" and job.float8_enabled and not job.compile.enable:
             logger.info(
@@ -101,21 +97,29 @@ class Trainer:
         board = self.folder / job.metrics.save_tb_folder if tensorboard else None
         reporter = agree(lambda: Reporter(self.record, job.training.steps, self.device, board))
         unread: list[torch.Tensor] = []
-        while step < job.training.steps:
-            step += 1
-            unread.append(self._step(step))
-            reporter.count_tokens(self.data.tokens_per_step)
-            last = step == job.training.steps
-            saves = last or step % job.checkpoint.interval == 0
-            logs = last or step == 1 or step % job.metrics.log_freq == 0
-            if logs or saves:
-                self._read(unread)
-            if logs:
-                reporter.report(step, self.optimizer.param_groups[0]["lr"])
-            if saves and self.checkpointer is not None:
-                progress = {"data": self.data.state_dict(), **self.record.history()}
-                self.checkpointer.save(step, progress)
+        trace_folder = self.folder / job.profiling.save_traces_folder
+        with traces(job.profiling, trace_folder, step) as step_is_done:
+            while step < job.training.steps:
+                step += 1
+                unread.append(self._step(step))
+                step_is_done()
+                reporter.count_tokens(self.data.tokens_per_step)
+                last = step == job.training.steps
+                saves = last or step % job.checkpoint.interval == 0
+                logs = last or step == 1 or step % job.metrics.log_freq == 0
+                validates = self.validator and (last or step % job.validation.freq == 0)
+                if logs or saves or validates:
+                    self._read(unread)
+                if logs:
+                    reporter.report(step, self.optimizer.param_groups[0]["lr"])
+                if self.validator is not None and validates:
+                    reporter.report_validation(step, *timed(self.validator.loss))
+                if saves and self.checkpointer is not None:
+                    progress = {"data": self.data.state_dict(), **self.record.history()}
+                    self.checkpointer.save(step, progress)
         reporter.close()
+        if self.checkpointer is not None:
+            self.checkpointer.close()
         self._finish()
         return self.record
 
@@ -142,7 +146,7 @@ class Trainer:
         self._precompute()
         self.record.gathered_bytes.append(self.wire.bytes - gathered_before)
         loads = [balance(self.experts)] if self.experts else []
-        return torch.stack((total, _plain(norm), *loads))
+        return torch.stack((total, _plain(norm).to(self.device), *loads))
 
     def _precompute(self) -> None:
         """All scales of the next step in one all-reduce, if the job gathers in float8."""

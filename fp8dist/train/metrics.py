@@ -7,18 +7,31 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from fp8dist.train.config import JobConfig
+from fp8dist.train.documents import ReferenceEntropies
 
 logger = logging.getLogger(__name__)
 
 FINAL_STEPS = 20
 """The final loss is the mean over at most this many last steps; one batch alone is noise."""
 
-HISTORY = ("losses", "grad_norms", "gathered_bytes", "expert_loads")
+HISTORY = (
+    "losses",
+    "grad_norms",
+    "gathered_bytes",
+    "expert_loads",
+    "validation_steps",
+    "validation_losses",
+)
 
 
 @dataclass
@@ -28,7 +41,8 @@ class RunRecord:
     Losses are means over the global batch, in nats per token. `gathered_bytes` is what FSDP's
     all-gathers put out on one rank in a step; `expert_loads`, of mixtures of experts only, the
     load of each layer's busiest expert, 1 being an equal share, as a mean over the layers;
-    `tokens_per_second` counts all ranks.
+    `validation_losses` are those after each of the `validation_steps`; `tokens_per_second` counts
+    all ranks and no time that validation took.
     """
 
     config: dict[str, Any]
@@ -40,6 +54,8 @@ class RunRecord:
     grad_norms: list[float] = field(default_factory=list)
     gathered_bytes: list[int] = field(default_factory=list)
     expert_loads: list[float] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
     tokens_per_second: float = math.nan
     training_seconds: float = math.nan
     entropy_of_bytes: float | None = None
@@ -65,6 +81,11 @@ class RunRecord:
         for name in HISTORY:
             setattr(self, name, saved.get(name, []))
 
+    def set_entropies(self, entropies: ReferenceEntropies) -> None:
+        """Keep what counting bytes reaches on the training text."""
+        self.entropy_of_bytes = entropies.single_bytes
+        self.entropy_of_byte_pairs = entropies.byte_pairs
+
     def summary(self) -> str:
         """The outcome in one line, with what counting bytes would reach beside it."""
         unit = "token" if self.entropy_of_bytes is None else "byte"
@@ -74,6 +95,8 @@ class RunRecord:
                 f" (this text's entropy: {self.entropy_of_bytes:.2f} by single bytes, "
                 f"{self.entropy_of_byte_pairs:.2f} by byte pairs)"
             )
+        if self.validation_losses:
+            line += f", validation loss {self.validation_losses[-1]:.4f}"
         return (
             f"{line}, {self.tokens_per_second:,.0f} tokens/s, "
             f"{readable_bytes(self.gathered_bytes_per_step)} gathered per step and rank, "
@@ -89,6 +112,16 @@ class RunRecord:
                 "gathered_bytes_per_step": self.gathered_bytes_per_step,
             }
         )
+
+
+def new_record(job: JobConfig, device: torch.device, model: nn.Module) -> RunRecord:
+    """The record of a run that begins, on all ranks of the process group."""
+    return RunRecord(
+        config=job.to_dict(),
+        device="CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        ranks=dist.get_world_size(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -135,31 +168,10 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-class Throughput:
-    """Tokens per second, since the last look and on the whole."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._tokens = self._tokens_at_last = 0
-
-    def add(self, tokens: int) -> None:
-        """Count tokens trained on."""
-        self._tokens += tokens
-
-    def since_last(self) -> float:
-        """Tokens per second since the last call."""
-        now = time.perf_counter()
-        rate = (self._tokens - self._tokens_at_last) / (now - self._last)
-        self._last, self._tokens_at_last = now, self._tokens
-        return rate
-
-    def overall(self) -> float:
-        """Tokens per second since the start."""
-        return self._tokens / self.seconds()
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
+def timed(function: Callable[[], float]) -> tuple[float, float]:
+    """What `function` returns, and the seconds that it took."""
+    start = time.perf_counter()
+    return function(), time.perf_counter() - start
 
 
 class Reporter:
@@ -220,6 +232,17 @@ class Reporter:
                 scalars["busiest_expert"] = load
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
+
+    def report_validation(self, step: int, loss: float, seconds: float) -> None:
+        """Record the validation loss after `step`; the seconds it took count as no training."""
+        self._start += seconds
+        self._last += seconds
+        self._record.validation_steps.append(step)
+        self._record.validation_losses.append(loss)
+        width = len(str(self._steps))
+        logger.info("step %*d/%d  validation loss %.4f", width, step, self._steps, loss)
+        if self._writer is not None:
+            self._writer.add_scalar("validation_loss", loss, step)
 
     def close(self) -> None:
         """Put the overall speed into the record and close the event file."""

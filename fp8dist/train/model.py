@@ -40,6 +40,10 @@ FLAVORS = {
     "70B": ModelShape(
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672, vocab_size=128256
     ),
+    # 53248 is 1.2 times two thirds of 4 dim, up to a multiple of 4096.
+    "405B": ModelShape(
+        dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, hidden_dim=53248, vocab_size=128256
+    ),
     "debugmoe": ModelShape(
         dim=256,
         n_layers=4,
@@ -96,9 +100,9 @@ class RotaryEmbedding(nn.Module):
         angle = torch.outer(position, self.theta ** (-pair / self.head_dim))
         return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
-    def reset_parameters(self) -> None:
-        """Recompute the table, which `to_empty` leaves undefined."""
-        self.table = self.angles(self.table.device)
+    def reset_parameters(self, device: torch.device | None = None) -> None:
+        """Recompute the table, which `to_empty` leaves undefined, on `device` or where it is."""
+        self.table = self.angles(device or self.table.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x (batch, seq, heads, head_dim); computes in float32, returns x's dtype."""
@@ -200,8 +204,11 @@ class Llama(nn.Module):
         return self.output(self.norm(x))
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, device: torch.device | None = None) -> None:
         """Fill every parameter and buffer; the values do not depend on how it is sharded.
+
+        They are drawn on `device`, where buffers then are too; shards stay where they are.
+        (None: all of it where the shards are.)
 
         Each parameter has a random generator of its own, seeded by `seed` and the parameter's
         name. Every rank draws the whole parameter, one at a time, and keeps its shard: that
@@ -209,14 +216,14 @@ class Llama(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, RotaryEmbedding):
-                module.reset_parameters()
+                module.reset_parameters(device)
             if isinstance(module, MoE):
-                module.reset_buffers()
+                module.reset_buffers(device)
         for name, param in self.named_parameters():
-            device = param.device
+            place = device or param.device
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-            full = torch.empty(param.shape, dtype=torch.float32, device=device)
+            generator = torch.Generator(place).manual_seed(int.from_bytes(digest[:7], "little"))
+            full = torch.empty(param.shape, dtype=torch.float32, device=place)
             self._draw(name, full, generator)
             if isinstance(param, DTensor):
                 param.to_local().copy_(_part(full, param))

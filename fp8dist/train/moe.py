@@ -75,11 +75,13 @@ class MoE(nn.Module):
         self.shared_expert = shared_expert
         self.register_buffer("counts", torch.zeros(shape.experts), persistent=False)
 
-    def reset_buffers(self) -> None:
-        """Zero what `to_empty` leaves undefined, in float32 whatever the parameters are."""
+    def reset_buffers(self, device: torch.device | None = None) -> None:
+        """Zero what `to_empty` leaves undefined, in float32 whatever the parameters are, on
+        `device` or where it is.
+        """
         for module, name in ((self.router, "bias"), (self, "counts")):
-            device = getattr(module, name).device
-            setattr(module, name, torch.zeros(self.shape.experts, device=device))
+            place = device or getattr(module, name).device
+            setattr(module, name, torch.zeros(self.shape.experts, device=place))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, seq, dim) -> (batch, seq, dim)."""

@@ -2,13 +2,19 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -22,6 +28,9 @@ from fp8dist.train.model import Llama, ModelShape, TransformerBlock
 from fp8dist.train.tensor_parallel import check_shape, cut
 
 logger = logging.getLogger(__name__)
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits, targets) -> their mean cross entropy."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -66,13 +75,15 @@ def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
 def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: torch.device) -> Llama:
     """The sharded, initialised model of `job` on `device`; collective-free until its forward.
 
+    With CPU offload its shards are in main memory and its buffers on `device`.
+
     Raises:
         ValueError: tensor parallelism does not fit the model, its float8 layers or the sequence.
     """
     check_shape(job, shape)
     _check_experts(job, shape)
     with torch.device("meta"):
-        model = Llama(shape, job.training.seq_len).to(DTYPES[job.training.dtype])
+        model = Llama(shape, _longest(job)).to(DTYPES[job.training.dtype])
     if job.float8_enabled:
         convert(model, job)
     if job.parallelism.tensor_parallel_degree > 1:
@@ -82,9 +93,15 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
         for block in model.layers:
             block.compile(fullgraph=True)
     shard(model, job, data_parallel(mesh))
-    model.to_empty(device=device)
-    model.init_weights(job.debug.seed or 0)
+    model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
+    model.init_weights(job.debug.seed or 0, device)
     return model
+
+
+def _longest(job: JobConfig) -> int:
+    """Tokens of the longest sequence that the model is given."""
+    validation = job.validation.seq_len if job.validation.enable else None
+    return max(job.training.seq_len, validation or 0)
 
 
 def _check_experts(job: JobConfig, shape: ModelShape) -> None:
@@ -156,6 +173,10 @@ def shard(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[job.training.mixed_precision_param], reduce_dtype=torch.float32
     )
+    offload = OffloadPolicy()
+    if job.training.enable_cpu_offload:
+        # There is nothing to copy faster from where main memory is the device's own.
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     reshard = job.parallelism.fsdp_reshard_after_forward != "never"
     ranks = mesh.size(mesh.ndim - 1)
 
@@ -169,15 +190,18 @@ def shard(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:
             block,
             mesh=mesh,
             mp_policy=policy,
+            offload_policy=offload,
             reshard_after_forward=reshard,
             shard_placement_fn=placement,
         )
     # Backward starts where forward ended: resharding the root would gather it twice in a row.
     last = job.parallelism.fsdp_reshard_after_forward == "always"
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=last)
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=last
+    )
 
 
-def build_loss(job: JobConfig):  # noqa: ANN201
+def build_loss(job: JobConfig) -> Loss:
     """The function (logits, targets) -> mean cross entropy in nats, compiled if asked.
 
     Not so with tensor parallelism: compiled, torch's loss of logits that are cut along the

@@ -33,6 +33,14 @@ def plot_losses(runs: dict[str, RunRecord], title: str, path: Path) -> None:
         axes.plot(steps, run.losses, color=color, alpha=0.25, linewidth=0.8)
         # Curves that lie on top of each other stay visible when the later one is dashed.
         axes.plot(steps, smooth, color=color, label=label, linestyle="-" if index == 0 else "--")
+        if run.validation_losses:
+            axes.plot(
+                run.validation_steps,
+                run.validation_losses,
+                "o" if index == 0 else "x",
+                color=color,
+                label=f"{name}: validation loss {run.validation_losses[-1]:.3f}",
+            )
     first = next(iter(runs.values()))
     references = (("single bytes", first.entropy_of_bytes), ("pairs", first.entropy_of_byte_pairs))
     for name, entropy in references:

@@ -17,7 +17,12 @@ from fp8dist.train.config import JobConfig
 Facts = dict[str, str]
 
 # Where things are may differ between machines.
-_PATHS = {"job.config_file", "training.dataset_path", "model.hf_assets_path"}
+_PATHS = {
+    "job.config_file",
+    "training.dataset_path",
+    "validation.dataset_path",
+    "model.hf_assets_path",
+}
 _SHOWN = 3
 
 

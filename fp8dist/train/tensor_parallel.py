@@ -52,12 +52,15 @@ def check_shape(job: JobConfig, shape: ModelShape) -> None:
                 f"parallelism.tensor_parallel_degree={degree} does not divide the {size} {what} of "
                 f"model.flavor {job.model.flavor!r}: choose one of {', '.join(fitting)}"
             )
-    if job.training.seq_len % degree:
-        raise ValueError(
-            f"parallelism.tensor_parallel_degree={degree} does not divide "
-            f"training.seq_len={job.training.seq_len}, which is cut between the linear layers: "
-            "choose another degree or length"
-        )
+    lengths = {"training.seq_len": job.training.seq_len}
+    if job.validation.enable and job.validation.seq_len is not None:
+        lengths["validation.seq_len"] = job.validation.seq_len
+    for key, length in lengths.items():
+        if length % degree:
+            raise ValueError(
+                f"parallelism.tensor_parallel_degree={degree} does not divide {key}={length}, "
+                "which is cut between the linear layers: choose another degree or length"
+            )
 
 
 def cut(model: Llama, job: JobConfig, mesh: DeviceMesh) -> None:

@@ -2,20 +2,12 @@
 
 UNUSED_KEYS: dict[str, tuple[str, ...]] = {
     "job": ("print_config", "save_config_file", "custom_config_module"),
-    "profiling": (
-        "enable_profiling",
-        "save_traces_folder",
-        "profile_freq",
-        "profiler_active",
-        "profiler_warmup",
-        "enable_memory_snapshot",
-        "save_memory_snapshot_folder",
-    ),
+    "profiling": ("enable_memory_snapshot", "save_memory_snapshot_folder"),
     "metrics": ("disable_color_printing", "save_for_all_ranks", "enable_wandb"),
     "model": ("tokenizer_path", "print_after_conversion"),
     "optimizer": ("implementation", "early_step_in_backward"),
     "lr_scheduler": ("total_steps", "min_lr_factor"),
-    "training": ("enable_cpu_offload", "mixed_precision_reduce", "gc_freq", "gc_debug"),
+    "training": ("mixed_precision_reduce", "gc_freq", "gc_debug"),
     "training.dataloader": (
         "num_workers",
         "persistent_workers",
@@ -49,7 +41,6 @@ UNUSED_KEYS: dict[str, tuple[str, ...]] = {
         "last_save_model_only",
         "last_save_in_hf",
         "export_dtype",
-        "async_mode",
         "keep_latest_k",
         "load_step",
         "exclude_from_loading",
@@ -91,15 +82,6 @@ UNUSED_KEYS: dict[str, tuple[str, ...]] = {
         "module_fqns_per_model_fragment",
     ),
     "experimental": ("custom_import", "custom_args_module"),
-    "validation": (
-        "enable",
-        "dataset",
-        "dataset_path",
-        "local_batch_size",
-        "seq_len",
-        "freq",
-        "steps",
-    ),
     "validation.dataloader": (
         "num_workers",
         "persistent_workers",

@@ -1,5 +1,7 @@
 """The trainer's configuration: TOML, command line, and what is refused."""
 
+import ast
+import inspect
 import json
 import logging
 import re
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8dist.train import config_sections
 from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, key_types, parse_config
 from fp8dist.train.config_values import LIMITS
 from fp8dist.train.torchtitan_keys import UNUSED
@@ -15,16 +18,19 @@ from fp8dist.train.torchtitan_keys import UNUSED
 # The keys that users were promised: written out, not derived from the dataclasses.
 PROMISED = """
     job.config_file job.dump_folder job.description
+    profiling.enable_profiling profiling.save_traces_folder profiling.profile_freq
+    profiling.profiler_active profiling.profiler_warmup
     metrics.log_freq metrics.enable_tensorboard metrics.save_tb_folder
     model.name model.flavor model.hf_assets_path model.converters
     optimizer.name optimizer.lr optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.weight_decay
     lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.decay_type
     training.dataset training.dataset_path training.local_batch_size training.global_batch_size
     training.seq_len training.max_norm training.steps training.dtype training.mixed_precision_param
+    training.enable_cpu_offload
     parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree
     parallelism.fsdp_reshard_after_forward parallelism.tensor_parallel_degree
     parallelism.pipeline_parallel_degree parallelism.context_parallel_degree
-    checkpoint.enable checkpoint.folder checkpoint.interval
+    checkpoint.enable checkpoint.folder checkpoint.interval checkpoint.async_mode
     compile.enable compile.components
     activation_checkpoint.mode activation_checkpoint.selective_ac_option
     quantize.linear.float8.enable_fsdp_float8_all_gather
@@ -36,6 +42,8 @@ PROMISED = """
     quantize.grouped_mm.mx.recipe_name quantize.grouped_mm.mx.fqns
     debug.seed debug.deterministic
     comm.train_timeout_seconds
+    validation.enable validation.dataset validation.dataset_path validation.local_batch_size
+    validation.seq_len validation.freq validation.steps
 """.split()
 
 # A job file with the sections and keys that torchtitan 0.2 users have.
@@ -131,6 +139,20 @@ enable = true
 components = ["model", "loss"]
 """
 
+UNSET_IS_NOTHING = {
+    "JobSection.config_file",
+    "TrainingSection.dataset_path",
+    "ValidationSection.dataset_path",
+    "Float8LinearSection.enable_fsdp_float8_all_gather",
+    "Float8LinearSection.precompute_float8_dynamic_scale_for_fsdp",
+}
+UNITS = r"[Ss]teps|[Ss]equences|[Tt]okens|[Rr]anks|[Rr]eplicas|[Ss]econds|Forwards"
+NO_UNITS = {
+    "DebugSection.seed",
+    "ParallelismSection.pipeline_parallel_degree",
+    "ParallelismSection.context_parallel_degree",
+}
+
 FLOAT8 = "quantize.linear.float8"
 MX = "quantize.linear.mx"
 GROUPED_FLOAT8, GROUPED_MX = "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"
@@ -175,7 +197,7 @@ class TestKeys:
         assert back["training"]["steps"] == 7
         assert back["quantize"]["linear"]["float8"]["filter_fqns"] == ["a", "b"]
         assert back["quantize"]["linear"]["float8"]["enable_fsdp_float8_all_gather"] is None
-        assert len(back) == 13
+        assert len(back) == 15
 
 
 class TestCommandLine:
@@ -326,6 +348,29 @@ class TestCommandLine:
         assert "Gather weights as float8, one byte per element." in shown
         assert "(default: stdlib)" in shown
 
+    def test_every_key_has_its_meaning_and_every_number_its_unit(self):
+        """A docstring of its own below each field, as an AST sees it."""
+        for node in ast.parse(inspect.getsource(config_sections)).body:
+            if not (isinstance(node, ast.ClassDef) and node.name.endswith("Section")):
+                continue
+            for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+                kind = ast.unparse(getattr(field, "annotation", ast.Constant("")))
+                if not isinstance(field, ast.AnnAssign) or "Section" in kind or "ClassVar" in kind:
+                    continue
+                place = f"{node.name}.{ast.unparse(field.target)}"
+                assert isinstance(below, ast.Expr), place
+                words = ast.literal_eval(below.value)
+                assert words[0] == words[0].upper() or ":" in words, place
+                assert words.endswith("."), place
+                # What is left unset by default, or -1 for all, is explained.
+                if isinstance(field.value, ast.Constant) and field.value.value is None:
+                    if place not in UNSET_IS_NOTHING:
+                        assert "none:" in words, place
+                elif ast.unparse(field.value) == "-1":
+                    assert "-1:" in words, place
+                if kind.startswith("int") and place not in NO_UNITS:
+                    assert re.search(UNITS, words), place
+
 
 class TestToml:
     def test_the_float8_file(self, tmp_path, caplog):
@@ -355,26 +400,18 @@ class TestToml:
         listed = record.getMessage().partition(": ")[2].split(", ")
         assert sorted(listed) == sorted(
             [
-                "profiling.enable_profiling",
-                "profiling.save_traces_folder",
-                "profiling.profile_freq",
                 "training.dataloader.num_workers",
                 "checkpoint.last_save_model_only",
                 "checkpoint.export_dtype",
-                "checkpoint.async_mode",
-                "validation.enable",
-                "validation.dataset",
-                "validation.freq",
-                "validation.steps",
             ]
         )
         assert record.name == "fp8dist"
         assert "\n" not in record.getMessage()
 
     def test_unused_flags_join_the_warning(self, tmp_path, caplog):
-        toml = "[profiling]\nprofile_freq = 3\n"
+        toml = "[metrics]\nenable_wandb = true\n"
         line = (
-            "--profiling.enable_profiling --profiling.profile_freq 100 "
+            "--profiling.enable_memory_snapshot --metrics.enable_wandb "
             "--checkpoint.no_initial_load_model_only --comm.trace_buf_size=0 --training.steps 5"
         )
         with caplog.at_level(logging.WARNING, "fp8dist"):
@@ -382,8 +419,8 @@ class TestToml:
         assert config.training.steps == 5
         (record,) = caplog.records
         assert record.getMessage().partition(": ")[2].split(", ") == [
-            "profiling.profile_freq",
-            "profiling.enable_profiling",
+            "metrics.enable_wandb",
+            "profiling.enable_memory_snapshot",
             "checkpoint.initial_load_model_only",
             "comm.trace_buf_size",
         ]

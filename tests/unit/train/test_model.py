@@ -84,14 +84,22 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
 
 @pytest.mark.parametrize(
     ("flavor", "millions"),
-    # 8B and 70B as published in the Llama 3 model cards: 8.03 and 70.6 billion.
-    [("8B", 8030.3), ("70B", 70553.7)],
+    # As published in the Llama 3 and 3.1 model cards: 8.03, 70.6 and 405 billion.
+    [("8B", 8030.3), ("70B", 70553.7), ("405B", 405853.4)],
 )
 def test_parameter_count(flavor: str, millions: float) -> None:
     with torch.device("meta"):
         model = Llama(FLAVORS[flavor], 16)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert round(count / 1e6, 1) == millions
+
+
+def test_feed_forward_of_405b_is_what_its_multipliers_make() -> None:
+    shape = FLAVORS["405B"]
+    hidden = int(1.2 * int(2 * (4 * shape.dim) / 3))
+    assert shape.hidden_dim == -(-hidden // 4096) * 4096 == 53248
+    assert shape.dim // shape.n_heads == 128
+    assert shape.rope_theta == 500000
 
 
 def test_debugmodel_layers_can_all_be_float8_by_every_recipe() -> None:
@@ -180,5 +188,5 @@ def test_flavor_with_another_number_of_layers() -> None:
 
 @pytest.mark.parametrize("flavor", ["7B", "8B:", "8B:0", "8B:x", ":4"])
 def test_unknown_flavor_is_refused_with_those_there_are(flavor: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{flavor}'.*debugmodel, 8B, 70B.*8B:4"):
+    with pytest.raises(ValueError, match=rf"'{flavor}'.*debugmodel, 8B, 70B, 405B.*8B:4"):
         model_shape(flavor)

@@ -49,6 +49,11 @@ def test_degrees_that_do_not_divide_the_sequence() -> None:
     job = job_of("--parallelism.tensor_parallel_degree=2", "--training.seq_len=31")
     with pytest.raises(ValueError, match="=2 does not divide training.seq_len=31"):
         check_shape(job, model_shape("debugmodel"))
+    job.training.seq_len, job.validation.seq_len = 32, 31
+    check_shape(job, model_shape("debugmodel"))  # not enabled
+    job.validation.enable = True
+    with pytest.raises(ValueError, match="=2 does not divide validation.seq_len=31"):
+        check_shape(job, model_shape("debugmodel"))
 
 
 def test_parts_that_a_recipe_does_not_take_are_refused_with_what_helps() -> None:

@@ -1,0 +1,150 @@
+"""What a job can do besides: validate, trace, save while it trains, keep its state elsewhere."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fp8dist.train.checkpoint import Checkpointer
+from tests.distributed.harness import run_on_ranks
+from tests.distributed.test_train import (  # noqa: F401  # text is a fixture
+    FLOAT8,
+    STEPS,
+    arguments,
+    refusal,
+    refusal_with_a_path_for_each_rank,
+    text,
+    train,
+)
+
+VALIDATION = ["--validation.enable", "--validation.freq=4", "--validation.steps=2"]
+TRAINED = ("losses", "grad_norms", "gathered_bytes")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict:  # noqa: F811
+    """The record that nothing here may change."""
+    record, _ = run_on_ranks(2, train, arguments(tmp_path_factory.mktemp("plain"), text, FLOAT8))
+    return record
+
+
+def test_validation_changes_no_step(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
+    flags = [*VALIDATION, f"--validation.dataset_path={text}", "--metrics.enable_tensorboard"]
+    argv = arguments(tmp_path, text, FLOAT8, *flags)
+    record, other = run_on_ranks(2, train, argv)
+    for name in TRAINED:
+        assert record[name] == plain[name], name
+    assert record["validation_steps"] == [4, STEPS]
+    assert record["validation_losses"] == other["validation_losses"]
+    assert (
+        json.loads((tmp_path / "run.json").read_text())["validation_losses"]
+        == (record["validation_losses"])
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("validation_loss")
+    assert [event.step for event in events] == [4, STEPS]
+    # float32, as TensorBoard keeps it.
+    assert [event.value for event in events] == pytest.approx(record["validation_losses"], rel=1e-6)
+
+    # One rank that takes both ranks' sequences finds the same: with scales of whole weights and of
+    # each forward's activations, which are others here, so to float8's rounding.
+    alone = [*flags, "--validation.local_batch_size=4", "--training.steps=1"]
+    [single] = run_on_ranks(1, train, arguments(tmp_path / "1", text, FLOAT8, *alone))
+    pair, _ = run_on_ranks(
+        2, train, arguments(tmp_path / "2", text, FLOAT8, *flags, "--training.steps=1")
+    )
+    assert single["validation_losses"] == pytest.approx(pair["validation_losses"], rel=1e-3)
+
+
+def test_validation_that_cannot_be_is_refused(tmp_path: Path, text: Path) -> None:  # noqa: F811
+    (tmp_path / "short.txt").write_text("not one global batch")
+    argv = arguments(tmp_path, text, "--validation.enable")
+    for message in run_on_ranks(2, refusal, [*argv, f"--validation.dataset_path={tmp_path}"]):
+        assert "the validation text has less than one global batch of 2 sequences" in message
+    missing = f"--validation.dataset_path={tmp_path / 'missing'}"
+    for message in run_on_ranks(2, refusal, [*argv, missing]):
+        assert message == f"validation.dataset_path {tmp_path / 'missing'} does not exist"
+    for message in run_on_ranks(2, refusal, [*argv, "--validation.dataset=c4_validation"]):
+        assert "which needs validation.dataset_path" in message
+
+
+def test_traces_of_every_rank(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
+    flags = ["--profiling.enable_profiling", "--profiling.profile_freq=3"]
+    flags += ["--profiling.profiler_warmup=1", "--profiling.save_traces_folder=traces"]
+    record, _ = run_on_ranks(2, train, arguments(tmp_path, text, FLOAT8, *flags))
+    for name in TRAINED:
+        assert record[name] == plain[name], name
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("traces/*/*"))
+    assert files == [
+        f"traces/iteration_{step}/rank{rank}_trace.json" for step in (3, 6) for rank in (0, 1)
+    ]
+    events = json.loads((tmp_path / files[0]).read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    # One step, the one that the name says, with a matmul and a collective in it.
+    assert [name for name in names if re.match(r"ProfilerStep#", str(name))] == ["ProfilerStep#2"]
+    assert "aten::mm" in names
+    assert any("allgather" in str(name).lower() for name in names)
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_asynchronous_save_goes_on_bitwise(
+    tmp_path: Path,
+    text: Path,  # noqa: F811
+    plain: dict,
+    mode: str,
+) -> None:
+    saving = ["--checkpoint.enable", "--checkpoint.interval=2", f"--checkpoint.async_mode={mode}"]
+    argv = arguments(tmp_path, text, FLOAT8, *saving)
+    whole, _ = run_on_ranks(2, train_while_saves_are_slow, argv)
+    for name in TRAINED:
+        assert whole[name] == plain[name], name
+    checkpoints = tmp_path / "checkpoint"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-4", "step-6"]
+    # Each is of one moment: what is trained from it is what was trained before.
+    for step in (4, 2):
+        for later in range(step + 2, STEPS + 1, 2):
+            shutil.rmtree(checkpoints / f"step-{later}")
+        resumed, _ = run_on_ranks(2, train, argv)
+        for name in ("losses", "grad_norms"):
+            assert resumed[name] == plain[name], (step, name)
+
+
+def train_while_saves_are_slow(argv: list[str]) -> dict:
+    """On every rank: a run whose saves are written to disk only when steps have been trained."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    steps_seen: list[int] = []
+    write_data, save = FileSystemWriter.write_data, Checkpointer.save
+
+    def late(self, plan, planner):  # noqa: ANN001
+        import time
+
+        time.sleep(0.5)  # the tiny model trains a step in a tenth of that
+        return write_data(self, plan, planner)
+
+    def counted(self, step, progress):  # noqa: ANN001
+        save(self, step, progress)
+        steps_seen.append(len(list(self._folder.glob("step-*[0-9]"))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", late)
+        patch.setattr(Checkpointer, "save", counted)
+        record = train(argv)
+    # When the n-th save returned, it was not published yet.
+    assert steps_seen == [0, 1, 2]
+    return record
+
+
+def test_offloaded_job_trains_alike(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
+    flags = ["--training.enable_cpu_offload", "--checkpoint.enable", "--checkpoint.interval=4"]
+    argv = arguments(tmp_path, text, FLOAT8, *flags)
+    record, _ = run_on_ranks(2, train, argv)
+    shutil.rmtree(tmp_path / "checkpoint" / "step-6")
+    resumed, _ = run_on_ranks(2, train, argv)
+    assert resumed["losses"] == record["losses"]
+    # Where the device is the CPU these are the same sums; a GPU's Adam rounds otherwise.
+    assert record["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+    assert record["gathered_bytes_per_step"] == plain["gathered_bytes_per_step"]
