@@ -134,7 +134,8 @@ class TrainingSection:
     files at training.dataset_path. Nothing is downloaded: torchtitan's c4 and c4_test are read from
     training.dataset_path, and refused when the data is opened if that is not set."""
     dataset_path: str | None = None
-    """File, or folder of files, .txt or .jsonl, to train on, whatever training.dataset says."""
+    """File, or folder of files, .txt, .jsonl or .parquet, to train on, whatever training.dataset
+    says. Of a .parquet the column "text" is read, which needs pyarrow."""
     local_batch_size: int = 8
     """Sequences in one forward of a data-parallel rank."""
     global_batch_size: int = -1
@@ -172,8 +173,8 @@ def _text_path(section: str, dataset: str, path: str | None, built_in: str) -> P
         return None
     raise ValueError(
         f"{section}.dataset is {dataset!r}, which needs {section}.dataset_path: nothing is "
-        f"downloaded here. Set {section}.dataset_path to a .txt or .jsonl file or to a folder "
-        f"of them, or {section}.dataset to {built_in!r} (the built-in text)"
+        f"downloaded here. Set {section}.dataset_path to a .txt, .jsonl or .parquet file or to a "
+        f"folder of them, or {section}.dataset to {built_in!r} (the built-in text)"
     )
 
 

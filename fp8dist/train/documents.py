@@ -10,16 +10,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fp8dist.train.parquet import ParquetRow, rows_of
+
+KINDS = (".txt", ".jsonl", ".parquet")
+"""Of the files that documents are read from."""
+
 REFERENCE_BYTES = 64 * 2**20
 """The reference entropies are computed on at most this much text."""
 
 
-class Document(NamedTuple):
+class TextDocument(NamedTuple):
     """One document: a stretch of a file."""
 
     path: Path
     offset: int
     length: int
+
+    @property
+    def neighbours(self) -> tuple[Path, int]:
+        """The same for documents that are best read one after the other: here, for no two."""
+        return self.path, self.offset
 
     def read(self) -> bytes:
         """The document's text, as UTF-8. Raises ValueError for a broken line of .jsonl."""
@@ -38,8 +48,12 @@ class Document(NamedTuple):
             ) from error
 
 
+Document = TextDocument | ParquetRow
+
+
 def find_documents(path: Path | None, section: str = "training") -> list[Document]:
-    """The documents at `path`, a .txt or .jsonl file or a folder of them, in a fixed order.
+    """The documents at `path`, a .txt, .jsonl or .parquet file or a folder of them, in a fixed
+    order. Those of a .parquet are the rows of its column "text".
 
     Without a path: the source files of this Python's standard library, its tests left out; to
     validate (`section` is the configuration's, whose dataset_path it is), torch's own.
@@ -53,11 +67,13 @@ def find_documents(path: Path | None, section: str = "training") -> list[Documen
     elif path is None:
         files, where = standard_library_sources(), "Python's standard library"
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+        files = sorted(p for p in path.rglob("*") if p.suffix in KINDS)
         where = str(path)
     elif path.is_file():
-        if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"{key} {path} is neither a .txt nor a .jsonl file, nor a folder")
+        if path.suffix not in KINDS:
+            raise ValueError(
+                f"{key} {path} is neither a .txt, .jsonl or .parquet file, nor a folder"
+            )
         files, where = [path], str(path)
     else:
         raise ValueError(f"{key} {path} does not exist")
@@ -65,7 +81,7 @@ def find_documents(path: Path | None, section: str = "training") -> list[Documen
     if not documents:
         raise ValueError(
             f"{where} has no text to {'train on' if section == 'training' else 'validate on'}: "
-            f"give {key} a .txt or .jsonl file that is not empty, or a folder of them"
+            f"give {key} a .txt, .jsonl or .parquet file that is not empty, or a folder of them"
         )
     documents[0].read()  # a .jsonl without "text" is refused now, not in the middle of the run
     return documents
@@ -88,17 +104,21 @@ def torch_sources() -> list[Path]:
 
 
 def _documents_in(path: Path) -> Iterator[Document]:
-    """Every non-empty line of a .jsonl, the whole of any other file; nothing if it is empty."""
+    """Every non-empty line of a .jsonl, every row of a .parquet, the whole of any other file;
+    nothing if it is empty."""
+    if path.suffix == ".parquet":
+        yield from rows_of(path)
+        return
     if path.suffix != ".jsonl":
         size = path.stat().st_size
         if size:
-            yield Document(path, 0, size)
+            yield TextDocument(path, 0, size)
         return
     offset = 0
     with open(path, "rb") as file:
         for line in file:
             if line.strip():
-                yield Document(path, offset, len(line))
+                yield TextDocument(path, offset, len(line))
             offset += len(line)
 
 

@@ -10,7 +10,7 @@ import pytest
 from fp8dist.train import data
 from fp8dist.train.config import JobConfig
 from fp8dist.train.data import PackedDataset, build_dataset, find_data
-from fp8dist.train.documents import Document
+from fp8dist.train.documents import Document, TextDocument
 from fp8dist.train.tokenizer import ByteTokenizer
 
 SEQ_LEN = 8
@@ -29,7 +29,7 @@ def documents(tmp_path: Path) -> list[Document]:
     for i in range(20):
         path = tmp_path / f"{i:02}.txt"
         path.write_bytes(bytes([100 + i]) * (i + 1))
-        found.append(Document(path, 0, i + 1))
+        found.append(TextDocument(path, 0, i + 1))
     return found
 
 
@@ -93,7 +93,7 @@ def test_sequences_are_shuffled_within_a_block(
     path = tmp_path / "long.txt"
     monkeypatch.setattr(data, "BLOCK_TOKENS", 4000)
     path.write_bytes(bytes(range(1, 251)) * 4)
-    stream = rows(dataset([Document(path, 0, 1000)]), steps=10)
+    stream = rows(dataset([TextDocument(path, 0, 1000)]), steps=10)
     # Each row goes on as the document does; the next row is rarely where this one ended.
     inside = np.diff(stream, axis=1)
     assert (np.isin(inside, (1, -249)) | (stream[:, 1:] == 0) | (stream[:, :-1] == 0)).all()
@@ -158,7 +158,7 @@ def test_broken_document_surfaces_from_the_reading_thread(tmp_path: Path) -> Non
     path = tmp_path / "a.jsonl"
     path.write_text('{"no text": 1}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl at byte 0"):
-        dataset([Document(path, 0, 15)])
+        dataset([TextDocument(path, 0, 15)])
 
 
 def test_job_says_what_to_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8dist.train.documents import Document, find_documents, reference_entropies
+from fp8dist.train.documents import TextDocument, find_documents, reference_entropies
 
 
 def texts(path: Path) -> list[bytes]:
@@ -53,9 +53,9 @@ def test_nothing_to_train_on_is_refused(tmp_path: Path, name: str) -> None:
 def test_missing_path_and_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_documents(tmp_path / "nowhere")
-    other = tmp_path / "data.parquet"
-    other.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"neither a \.txt nor a \.jsonl"):
+    other = tmp_path / "data.csv"
+    other.write_text("text")
+    with pytest.raises(ValueError, match=r"neither a \.txt, \.jsonl or \.parquet"):
         find_documents(other)
 
 
@@ -74,12 +74,12 @@ def test_entropies_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     # Over the 8 bytes that follow another: a and b in turn, so the one before tells all.
     path.write_text("ababababa")
-    even = reference_entropies([Document(path, 0, 9)])
+    even = reference_entropies([TextDocument(path, 0, 9)])
     assert math.isclose(even.single_bytes, math.log(2))
     assert even.byte_pairs == 0.0
     # aa ab ba aa: after a comes a twice and b once, after b always a.
     path.write_text("aabaa")
-    uneven = reference_entropies([Document(path, 0, 5)])
+    uneven = reference_entropies([TextDocument(path, 0, 5)])
     thirds = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     assert math.isclose(uneven.byte_pairs, 3 / 4 * thirds)
     assert math.isclose(uneven.single_bytes, -(3 / 4 * math.log(3 / 4) + 1 / 4 * math.log(1 / 4)))
@@ -88,10 +88,10 @@ def test_entropies_by_hand(tmp_path: Path) -> None:
 def test_pairs_do_not_reach_across_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("aabb")
-    halves = [Document(path, 0, 2), Document(path, 2, 2)]
+    halves = [TextDocument(path, 0, 2), TextDocument(path, 2, 2)]
     # Pairs aa and bb only: the byte before decides. Together with ab it would not.
     assert reference_entropies(halves).byte_pairs == 0.0
-    assert reference_entropies([Document(path, 0, 4)]).byte_pairs > 0.1
+    assert reference_entropies([TextDocument(path, 0, 4)]).byte_pairs > 0.1
 
 
 def test_entropies_of_the_standard_library_are_those_of_source_text() -> None:
