@@ -32,6 +32,7 @@ def check_combinations(job: JobConfig) -> None:
     _check_float8(job)
     _check_activation_checkpoint(job)
     _check_datasets(job)
+    _check_dataloader(job)
     _check_profiling(job)
 
 
@@ -123,6 +124,15 @@ def _check_dataset(section: str, name: str, path: str | None, shipped: tuple[str
         raise ValueError(
             f"{section}.dataset is {name!r}; expected {' or '.join(shipped)}, or a file or "
             f"folder in {section}.dataset_path{did_you_mean(name, known)}"
+        )
+
+
+def _check_dataloader(job: JobConfig) -> None:
+    section = job.training.dataloader
+    if section.prefetch_factor is not None and section.num_workers == 0:
+        raise ValueError(
+            f"training.dataloader.prefetch_factor is {section.prefetch_factor} and there are no "
+            "workers to prefetch: set training.dataloader.num_workers, or leave it unset"
         )
 
 

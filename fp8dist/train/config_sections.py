@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from fp8dist.train.config_values import text_path_of
+
 FLOAT8_CONVERTER = "quantize.linear.float8"
 """The name in `model.converters` that turns the float8 recipes on."""
 
@@ -126,6 +128,17 @@ class LRSchedulerSection:
 
 
 @dataclass
+class DataloaderSection:
+    """Who prepares the batches."""
+
+    num_workers: int = 0
+    """Worker processes of each rank, by torchdata's stateful loader; 0: a thread. A run goes on
+    from a checkpoint with as many as it was saved with."""
+    prefetch_factor: int | None = None
+    """Steps that each worker prepares ahead; none: 2."""
+
+
+@dataclass
 class TrainingSection:
     """Data, batch, length of the run, and dtypes."""
 
@@ -154,6 +167,7 @@ class TrainingSection:
     enable_cpu_offload: bool = False
     """Keep sharded parameters, gradients and optimizer state in main memory, and run the optimizer
     there; slower, for models that do not fit otherwise."""
+    dataloader: DataloaderSection = field(default_factory=DataloaderSection)
 
     @property
     def text_path(self) -> Path | None:
@@ -162,20 +176,7 @@ class TrainingSection:
         Raises ValueError if `dataset` names text that is not on this machine and `dataset_path`
         does not say where it is.
         """
-        return _text_path("training", self.dataset, self.dataset_path, BUILT_IN_DATASET)
-
-
-def _text_path(section: str, dataset: str, path: str | None, built_in: str) -> Path | None:
-    """Where a section's text is; None is the one that is built in."""
-    if path is not None:
-        return Path(path).expanduser()
-    if dataset == built_in:
-        return None
-    raise ValueError(
-        f"{section}.dataset is {dataset!r}, which needs {section}.dataset_path: nothing is "
-        f"downloaded here. Set {section}.dataset_path to a .txt, .jsonl or .parquet file or to a "
-        f"folder of them, or {section}.dataset to {built_in!r} (the built-in text)"
-    )
+        return text_path_of("training", self.dataset, self.dataset_path, BUILT_IN_DATASET)
 
 
 @dataclass
@@ -387,4 +388,4 @@ class ValidationSection:
 
         Raises ValueError as `TrainingSection.text_path` does.
         """
-        return _text_path("validation", self.dataset, self.dataset_path, TORCH_DATASET)
+        return text_path_of("validation", self.dataset, self.dataset_path, TORCH_DATASET)

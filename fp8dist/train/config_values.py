@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 
@@ -117,6 +118,23 @@ def metavar(annotation: Any) -> str:
     return {int: "INT", float: "FLOAT", str: "TEXT"}[annotation] + suffix
 
 
+def text_path_of(section: str, dataset: str, path: str | None, built_in: str) -> Path | None:
+    """Where the text of a section of the configuration is; None: it is the one that is built in.
+
+    Raises:
+        ValueError: `dataset` names text that is not on this machine, and no path says where it is.
+    """
+    if path is not None:
+        return Path(path).expanduser()
+    if dataset == built_in:
+        return None
+    raise ValueError(
+        f"{section}.dataset is {dataset!r}, which needs {section}.dataset_path: nothing is "
+        f"downloaded here. Set {section}.dataset_path to a .txt, .jsonl or .parquet file or to a "
+        f"folder of them, or {section}.dataset to {built_in!r} (the built-in text)"
+    )
+
+
 def _at_least(minimum: float) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value >= minimum, f"at least {minimum}"
 
@@ -141,6 +159,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "training.seq_len": _at_least(1),
     "training.max_norm": (lambda value: value > 0, "above 0 (inf: never clip)"),
     "training.steps": _at_least(1),
+    "training.dataloader.num_workers": _at_least(0),
+    "training.dataloader.prefetch_factor": _at_least(1),
     "parallelism.data_parallel_replicate_degree": _at_least(1),
     "parallelism.data_parallel_shard_degree": _MINUS_ONE_OR_POSITIVE,
     "parallelism.tensor_parallel_degree": _at_least(1),

@@ -10,6 +10,7 @@ import torch
 from fp8dist.train.config import JobConfig
 from fp8dist.train.documents import Document, find_documents
 from fp8dist.train.tokenizer import Tokenizer, load_tokenizer
+from fp8dist.train.worker_loader import WorkerLoader
 
 BLOCK_TOKENS = 2**20
 """Sequences are shuffled within blocks of about this many tokens."""
@@ -69,11 +70,7 @@ class PackedDataset:
         world: int,
         seed: int,
     ):
-        if global_batch_size < 1 or global_batch_size % (local_batch_size * world):
-            raise ValueError(
-                f"training.global_batch_size={global_batch_size} is not a multiple of "
-                f"training.local_batch_size={local_batch_size} times {world} data-parallel ranks"
-            )
+        check_batch(global_batch_size, local_batch_size, world)
         self._documents, self._tokenizer, self._seed = documents, tokenizer, seed
         self._seq_len, self._local_batch_size = seq_len, local_batch_size
         self._global_batch_size = global_batch_size
@@ -111,6 +108,11 @@ class PackedDataset:
         Raises:
             ValueError: it was saved over another stream of sequences.
         """
+        if "workers" in state:
+            raise ValueError(
+                f"the checkpoint's data has {state['workers']} workers, this run's 0: resume with "
+                "the same training.dataloader.num_workers"
+            )
         mine = self.state_dict()
         for key in ("documents", "tokenizer", "seq_len", "seed"):
             if state[key] != mine[key]:
@@ -179,6 +181,15 @@ class PackedDataset:
         return np.random.default_rng((self._seed, *purpose))
 
 
+def check_batch(global_batch_size: int, local_batch_size: int, world: int) -> None:
+    """Raise ValueError unless `world` ranks can share out a global batch in local ones."""
+    if global_batch_size < 1 or global_batch_size % (local_batch_size * world):
+        raise ValueError(
+            f"training.global_batch_size={global_batch_size} is not a multiple of "
+            f"training.local_batch_size={local_batch_size} times {world} data-parallel ranks"
+        )
+
+
 def find_data(job: JobConfig) -> tuple[list[Document], Tokenizer]:
     """The documents and the tokenizer that `job` names, as this machine has them.
 
@@ -190,23 +201,38 @@ def find_data(job: JobConfig) -> tuple[list[Document], Tokenizer]:
 
 def build_dataset(
     job: JobConfig, documents: list[Document], tokenizer: Tokenizer, *, rank: int, world: int
-) -> PackedDataset:
+) -> PackedDataset | WorkerLoader:
     """The stream of batches that `job` trains on, for one of `world` data-parallel ranks.
 
     Raises:
-        ValueError: the global batch cannot be divided among the ranks.
+        ValueError: the global batch cannot be divided among the ranks, or there are worker
+            processes and less documents, or no torchdata package.
     """
     training = job.training
     global_batch_size = training.global_batch_size
     if global_batch_size == -1:
         global_batch_size = training.local_batch_size * world
-    return PackedDataset(
-        documents,
-        tokenizer,
-        seq_len=training.seq_len,
-        local_batch_size=training.local_batch_size,
-        global_batch_size=global_batch_size,
-        rank=rank,
-        world=world,
-        seed=job.debug.seed or 0,
-    )
+    workers = training.dataloader.num_workers
+    if workers > len(documents):
+        raise ValueError(
+            f"training.dataloader.num_workers is {workers}, more than the {len(documents)} "
+            f"documents to share out: set it to at most {len(documents)}"
+        )
+
+    def part(worker: int, workers: int) -> PackedDataset:
+        return PackedDataset(
+            documents[worker::workers],
+            tokenizer,
+            seq_len=training.seq_len,
+            local_batch_size=training.local_batch_size,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world=world,
+            seed=job.debug.seed or 0,
+        )
+
+    if not workers:
+        return part(0, 1)
+    check_batch(global_batch_size, training.local_batch_size, world)
+    tokens = global_batch_size * training.seq_len
+    return WorkerLoader(training.dataloader, part, tokens)

@@ -8,12 +8,7 @@ UNUSED_KEYS: dict[str, tuple[str, ...]] = {
     "optimizer": ("implementation", "early_step_in_backward"),
     "lr_scheduler": ("total_steps", "min_lr_factor"),
     "training": ("mixed_precision_reduce", "gc_freq", "gc_debug"),
-    "training.dataloader": (
-        "num_workers",
-        "persistent_workers",
-        "pin_memory",
-        "prefetch_factor",
-    ),
+    "training.dataloader": ("persistent_workers", "pin_memory"),
     "parallelism": (
         "enable_compiled_autograd",
         "disable_loss_parallel",

@@ -27,6 +27,7 @@ PROMISED = """
     training.dataset training.dataset_path training.local_batch_size training.global_batch_size
     training.seq_len training.max_norm training.steps training.dtype training.mixed_precision_param
     training.enable_cpu_offload
+    training.dataloader.num_workers training.dataloader.prefetch_factor
     parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree
     parallelism.fsdp_reshard_after_forward parallelism.tensor_parallel_degree
     parallelism.pipeline_parallel_degree parallelism.context_parallel_degree
@@ -85,6 +86,7 @@ dataset = "c4"
 
 [training.dataloader]
 num_workers = 0
+pin_memory = false
 
 [parallelism]
 data_parallel_replicate_degree = 1
@@ -146,7 +148,7 @@ UNSET_IS_NOTHING = {
     "Float8LinearSection.enable_fsdp_float8_all_gather",
     "Float8LinearSection.precompute_float8_dynamic_scale_for_fsdp",
 }
-UNITS = r"[Ss]teps|[Ss]equences|[Tt]okens|[Rr]anks|[Rr]eplicas|[Ss]econds|Forwards"
+UNITS = r"[Pp]rocesses|[Ss]teps|[Ss]equences|[Tt]okens|[Rr]anks|[Rr]eplicas|[Ss]econds|Forwards"
 NO_UNITS = {
     "DebugSection.seed",
     "ParallelismSection.pipeline_parallel_degree",
@@ -400,7 +402,7 @@ class TestToml:
         listed = record.getMessage().partition(": ")[2].split(", ")
         assert sorted(listed) == sorted(
             [
-                "training.dataloader.num_workers",
+                "training.dataloader.pin_memory",
                 "checkpoint.last_save_model_only",
                 "checkpoint.export_dtype",
             ]
