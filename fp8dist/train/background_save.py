@@ -21,7 +21,7 @@ class BackgroundSaver:
 
     def __init__(self, mode: str):
         pinned = mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        self._stager = DefaultStager(
+        self._stager = _KeptStager(
             StagingOptions(
                 use_pinned_memory=pinned,
                 use_shared_memory=False,
@@ -58,8 +58,19 @@ class BackgroundSaver:
     def close(self) -> None:
         """Give back the memory and the thread."""
         self._thread.shutdown()
-        self._stager.close()
+        self._stager.release()
         dist.destroy_process_group(self._group)
+
+
+class _KeptStager(DefaultStager):
+    """torch's copier, which torch 2.11 closes after every save."""
+
+    def close(self) -> None:
+        """Keep everything for the next save."""
+
+    def release(self) -> None:
+        """Give back the memory."""
+        super().close()
 
 
 def _finish(written: Future[Any], publish: Callable[[], None]) -> None:
