@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import FileSystemWriter
 
 from fp8dist.train.checkpoint import Checkpointer
+from fp8dist.train.loop import Trainer
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.test_train import (  # noqa: F401  # text is a fixture
     FLOAT8,
@@ -113,28 +116,39 @@ def test_asynchronous_save_goes_on_bitwise(
 
 
 def train_while_saves_are_slow(argv: list[str]) -> dict:
-    """On every rank: a run whose saves are written to disk only when steps have been trained."""
-    from torch.distributed.checkpoint import FileSystemWriter
-
-    steps_seen: list[int] = []
-    write_data, save = FileSystemWriter.write_data, Checkpointer.save
+    """On every rank: a run whose saves write nothing before the next step has been trained."""
+    published: list[int] = []
+    stepped = threading.Event()
+    write_data, save, close = FileSystemWriter.write_data, Checkpointer.save, Checkpointer.close
+    step = Trainer._step
 
     def late(self, plan, planner):  # noqa: ANN001
-        import time
-
-        time.sleep(0.5)  # the tiny model trains a step in a tenth of that
+        assert stepped.wait(60)
         return write_data(self, plan, planner)
 
-    def counted(self, step, progress):  # noqa: ANN001
-        save(self, step, progress)
-        steps_seen.append(len(list(self._folder.glob("step-*[0-9]"))))
+    def counted(self, number, progress):  # noqa: ANN001
+        self.wait()
+        stepped.clear()
+        save(self, number, progress)
+        published.append(len(list(self._folder.glob("step-*[0-9]"))))
+
+    def step_and_tell(self, number):  # noqa: ANN001
+        numbers = step(self, number)
+        stepped.set()
+        return numbers
+
+    def close_at_last(self):  # noqa: ANN001
+        stepped.set()
+        close(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileSystemWriter, "write_data", late)
         patch.setattr(Checkpointer, "save", counted)
+        patch.setattr(Checkpointer, "close", close_at_last)
+        patch.setattr(Trainer, "_step", step_and_tell)
         record = train(argv)
     # When the n-th save returned, it was not published yet.
-    assert steps_seen == [0, 1, 2]
+    assert published == [0, 1, 2]
     return record
 
 
