@@ -63,14 +63,22 @@ class BackgroundSaver:
 
 
 class _KeptStager(DefaultStager):
-    """torch's copier, which torch 2.11 closes after every save."""
+    """torch's, which keeps its memory for the next save: that of torch 2.11 cannot copy twice."""
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """A copy in main memory, complete when this returns."""
+        wait = self._config.use_non_blocking_copy
+        copy = self._state_dict_stager.stage(state_dict, non_blocking=wait)
+        if wait:
+            torch.cuda.synchronize()
+        return copy
 
     def close(self) -> None:
-        """Keep everything for the next save."""
+        """Nothing: torch calls this after every save."""
 
     def release(self) -> None:
         """Give back the memory."""
-        super().close()
+        self._state_dict_stager.close()
 
 
 def _finish(written: Future[Any], publish: Callable[[], None]) -> None:
