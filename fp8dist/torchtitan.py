@@ -9,6 +9,7 @@ torchtitan's own converters keep their names and stay what they are.
 
 # mypy: disable-error-code="import-not-found"
 
+import inspect
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,7 +81,7 @@ class Converter:
         keep = float8_module_filter(config.recipe_name, fqns)
         convert_to_float8_training(model, config=config, module_filter_fn=keep)
         if self.dims.tp_enabled:
-            _use_float8_styles(get_train_spec(self.job.model.name).parallelize_fn.__globals__)
+            _use_float8_styles(get_train_spec(self.job.model.name).parallelize_fn)
 
 
 class LinearFloat8(Converter):
@@ -182,7 +183,7 @@ def _listed(fqns: str | Iterable[str]) -> list[str] | None:
     return [fqns] if isinstance(fqns, str) else list(fqns) or None
 
 
-# [Note: torchtitan's plans]
+# [Note: plans]
 # A model's `parallelize` in torchtitan makes its plan of torch's styles, or, for a converter called
 # "float8", which there is no longer, of torchao's. The styles below stand in for torch's in that
 # module: each looks, when it is applied, at what it is applied to.
@@ -218,16 +219,23 @@ def _like(given: ParallelStyle, style: Any) -> Any:
     return style
 
 
-def _use_float8_styles(namespace: dict[str, Any]) -> None:
-    """Let the plans that are made in a module's namespace be in float8; see [Note: torchtitan's
-    plans].
+def _use_float8_styles(parallelize: Any) -> None:
+    """Let the plans that a model's `parallelize` makes be in float8; see [Note: plans].
+
+    Models of experts have functions of other models make a part of the plan.
     """
+    own = parallelize.__globals__
+    helpers = [value for value in own.values() if inspect.isfunction(value)]
+    namespaces = [own] + [
+        f.__globals__ for f in helpers if f.__module__.startswith("torchtitan.models.")
+    ]
     stand_ins = {
         "ColwiseParallel": _Colwise,
         "RowwiseParallel": _Rowwise,
         "PrepareModuleInput": _PrepareInput,
     }
-    namespace.update({name: style for name, style in stand_ins.items() if name in namespace})
+    for namespace in namespaces:
+        namespace.update({name: style for name, style in stand_ins.items() if name in namespace})
 
 
 for kind in CONVERTERS:

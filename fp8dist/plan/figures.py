@@ -28,10 +28,10 @@ class Machine:
 
 def purpose(kind: Collective) -> str:
     """The entry of `PURPOSES` that a collective belongs to."""
-    if kind.over == "tp":
-        return "activations"
-    if kind.phase == "scales":
+    if kind.is_of_scales:
         return "scales"
+    if kind.phase in ("forward", "backward") and kind.over == "tp":
+        return "activations"
     if kind.phase in ("forward", "backward"):
         return "weights" if kind.operation == "all_gather" else "gradients"
     return "rest"
@@ -65,8 +65,10 @@ class Seconds:
 
 def seconds(observed: Observed, machine: Machine) -> Seconds:
     """What a step's communication and casts take on `machine`."""
-    sent = sent_by_purpose(observed)
-    within = sent["activations"] if machine.tp_link is not None else 0.0
+    sent = {kind: kind.sent(handed) for kind, handed in observed.handed.items()}
+    within = 0.0
+    if machine.tp_link is not None:
+        within = sum(bytes_ for kind, bytes_ in sent.items() if kind.over == "tp")
     return Seconds(
         (sum(sent.values()) - within) / machine.link,
         within / (machine.tp_link or math.inf),

@@ -52,6 +52,14 @@ class Collective:
     over: str
     ranks: int
 
+    @property
+    def is_of_scales(self) -> bool:
+        """Whether it reduces amaxes of weights: after the optimizer, or if they are not precomputed
+        at the first gather. Those over tensor parallelism in forward are of activations.
+        """
+        at_gather = self.reduction == "MAX" and self.over != "tp"
+        return self.phase == "scales" or at_gather
+
     def sent(self, handed: float) -> float:
         """Bytes that a rank sends, and receives, where the ranks form a ring.
 

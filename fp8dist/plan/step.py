@@ -141,8 +141,11 @@ def step(
 
 
 def _per_step(counted: Counter[Collective], microbatches: int) -> dict[Collective, int]:
+    # Scales that are not precomputed are computed in the first microbatch.
     return {
-        kind: count * (microbatches if kind.phase in ("forward", "backward") else 1)
+        kind: count
+        if kind.is_of_scales or kind.phase not in ("forward", "backward")
+        else count * microbatches
         for kind, count in counted.items()
     }
 
@@ -239,7 +242,8 @@ def _passes(counters: dict[nn.Module, _Counter], dtype: torch.dtype, microbatche
             for param in module.parameters(recurse=False):
                 shard, state = _local(param), float8.get(id(param))
                 if state is not None and state.payload is not None:
-                    casts += 2 * shard.nbytes + state.payload.nbytes
+                    reads = 2 if state.scales else 1  # packed: found in the pass that casts
+                    casts += reads * shard.nbytes + state.payload.nbytes
                 elif shard.dtype != dtype:
                     size = shard.nbytes + shard.numel() * dtype.itemsize
                     casts += size * counter.calls * microbatches

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from fp8dist.config import RECIPES, recipe
-from fp8dist.train.config import JobConfig
+from fp8dist.train.config import JobConfig, validate
 from fp8dist.train.config_sections import (
     FLOAT8_CONVERTER,
     GROUPED_FLOAT8_CONVERTER,
@@ -48,6 +48,6 @@ def with_recipes(job: JobConfig, names: Sequence[str], *, experts: bool) -> dict
             linear.mx.filter_fqns = linear.mx.filter_fqns or linear.float8.filter_fqns
         else:
             linear.float8.recipe_name = chosen.name
-        converted.validate()
+        validate(converted)
         found[chosen.name] = converted
     return found

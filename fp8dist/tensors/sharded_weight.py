@@ -117,6 +117,7 @@ class Float8ShardedWeight(torch.Tensor):
     _stays_on_host: bool = False
     _wanted_on: torch.device | None = None
     # See [Note: moved and frozen].
+    _moved_frozen: bool = False
     _stays_frozen: bool = False
 
     @staticmethod
@@ -153,7 +154,7 @@ class Float8ShardedWeight(torch.Tensor):
         if _is_view(func):
             views = _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
             if func is aten.detach.default:
-                views._stays_frozen = args[0]._stays_frozen
+                views._stays_frozen = args[0]._moved_frozen
             return views
         if func in _MOVE_OPS:
             pinned = func is aten._pin_memory.default
@@ -185,15 +186,16 @@ class Float8ShardedWeight(torch.Tensor):
                 stand_in._wanted_on = device
                 return stand_in
         moved = super().to(*args, **kwargs)
-        if isinstance(moved, Float8ShardedWeight) and moved is not self:
-            moved._stays_frozen = isinstance(self, nn.Parameter) and not self.requires_grad
+        if isinstance(moved, Float8ShardedWeight) and moved.device != self.device:
+            moved._moved_frozen = isinstance(self, nn.Parameter) and not self.requires_grad
         return moved
 
     # [Note: moved and frozen]
     # `fully_shard` moves a model to the mesh's device. Of a tensor subclass it makes the parameter
     # anew, as nn.Parameter(weight.to(device)): one that is trained, also where the weight was
-    # frozen. What `to` returns for a frozen parameter therefore stays frozen when a parameter is
-    # made of it, which is `detach` and one call of `requires_grad_`.
+    # frozen. What `to` another device returns for a frozen parameter therefore stays frozen when a
+    # parameter is made of it, which is `detach` and one call of `requires_grad_`. (Also of what a
+    # user has moved: the two cannot be told apart.)
 
     def requires_grad_(self, requires_grad: bool = True) -> torch.Tensor:
         requires_grad = requires_grad and not self._stays_frozen
@@ -211,6 +213,8 @@ class Float8ShardedWeight(torch.Tensor):
         # This sets the size, dtype and device outside, and nothing else.
         torch.Tensor.data.__set__(self, self._like(inner))  # type: ignore[attr-defined]
         self._tensor = inner
+        if isinstance(value, Float8ShardedWeight):
+            self._edits = value._edits  # what is edited there is edited here
         self._edits.count += 1
 
     def data_ptr(self) -> int:

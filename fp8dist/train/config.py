@@ -1,4 +1,4 @@
-"""A job's configuration: `JobConfig`, read from a TOML file and the command line."""
+"""Reading a `JobConfig` from a TOML file and the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,31 +16,6 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from fp8dist.train.config_checks import check_combinations
-from fp8dist.train.config_sections import (
-    FLOAT8_CONVERTER,
-    GROUPED_FLOAT8_CONVERTER,
-    GROUPED_MX_CONVERTER,
-    MX_CONVERTER,
-    ActivationCheckpointSection,
-    CheckpointSection,
-    CommSection,
-    CompileSection,
-    DebugSection,
-    Float8LinearSection,
-    GroupedFloat8Section,
-    GroupedMXSection,
-    JobSection,
-    LRSchedulerSection,
-    MetricsSection,
-    ModelSection,
-    MXLinearSection,
-    OptimizerSection,
-    ParallelismSection,
-    ProfilingSection,
-    QuantizeSection,
-    TrainingSection,
-    ValidationSection,
-)
 from fp8dist.train.config_values import (
     LIMITS,
     convert,
@@ -50,6 +24,7 @@ from fp8dist.train.config_values import (
     text,
     without_none,
 )
+from fp8dist.train.job_config import JobConfig
 from fp8dist.train.torchtitan_keys import UNUSED
 
 if sys.version_info >= (3, 11):
@@ -63,73 +38,21 @@ HELP_WIDTH = 120  # characters
 SHIPPED_CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
-@dataclass
-class JobConfig:
-    """Train a Llama under FSDP2, with float8 communication where asked."""
+def validate(config: JobConfig) -> None:
+    """Check names, limits and combinations of values; what needs the ranks, the model's
+    flavors or the files is checked where those are known.
 
-    job: JobSection = field(default_factory=JobSection)
-    profiling: ProfilingSection = field(default_factory=ProfilingSection)
-    metrics: MetricsSection = field(default_factory=MetricsSection)
-    model: ModelSection = field(default_factory=ModelSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    lr_scheduler: LRSchedulerSection = field(default_factory=LRSchedulerSection)
-    training: TrainingSection = field(default_factory=TrainingSection)
-    parallelism: ParallelismSection = field(default_factory=ParallelismSection)
-    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
-    compile: CompileSection = field(default_factory=CompileSection)
-    activation_checkpoint: ActivationCheckpointSection = field(
-        default_factory=ActivationCheckpointSection
-    )
-    quantize: QuantizeSection = field(default_factory=QuantizeSection)
-    debug: DebugSection = field(default_factory=DebugSection)
-    comm: CommSection = field(default_factory=CommSection)
-    validation: ValidationSection = field(default_factory=ValidationSection)
-
-    @property
-    def conversion(self) -> Float8LinearSection | MXLinearSection | None:
-        """The section that says how linear layers are converted; None: they are not."""
-        if FLOAT8_CONVERTER in self.model.converters:
-            return self.quantize.linear.float8
-        return self.quantize.linear.mx if MX_CONVERTER in self.model.converters else None
-
-    @property
-    def conversion_of_experts(self) -> GroupedFloat8Section | GroupedMXSection | None:
-        """The section that says how experts are converted; None: they are not."""
-        if GROUPED_FLOAT8_CONVERTER in self.model.converters:
-            return self.quantize.grouped_mm.float8
-        mx = GROUPED_MX_CONVERTER in self.model.converters
-        return self.quantize.grouped_mm.mx if mx else None
-
-    @property
-    def float8_enabled(self) -> bool:
-        """Whether `model.converters` asks for float8 layers or experts, of whatever recipe."""
-        return self.conversion is not None or self.conversion_of_experts is not None
-
-    @property
-    def precomputes_scales(self) -> bool:
-        """Whether all scales of a step are computed in one all-reduce after the optimizer."""
-        linear = self.conversion is not None and self.conversion.precompute_scales
-        return linear or self.conversion_of_experts is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every section and key as nested plain dicts, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    def validate(self) -> None:
-        """Check names, limits and combinations of values; what needs the ranks, the model's
-        flavors or the files is checked where those are known.
-
-        Raises:
-            ValueError: names the key, what was found and what to do.
-        """
-        for key, annotation in key_types().items():
-            value = _get(self, key)
-            convert(key, annotation, value)
-            if key in LIMITS and value is not None:
-                holds, words = LIMITS[key]
-                if not holds(value):
-                    raise ValueError(f"{key} is {value}; it must be {words}")
-        check_combinations(self)
+    Raises:
+        ValueError: names the key, what was found and what to do.
+    """
+    for key, annotation in key_types().items():
+        value = _get(config, key)
+        convert(key, annotation, value)
+        if key in LIMITS and value is not None:
+            holds, words = LIMITS[key]
+            if not holds(value):
+                raise ValueError(f"{key} is {value}; it must be {words}")
+    check_combinations(config)
 
 
 def parse_config(argv: Sequence[str]) -> JobConfig:
@@ -161,7 +84,7 @@ def parse_config(argv: Sequence[str]) -> JobConfig:
         )
     args = [f"--{key}={value}" for key, value in flags.items() if key not in UNUSED]
     config = _tyro(config, args)
-    config.validate()
+    validate(config)
     return config
 
 

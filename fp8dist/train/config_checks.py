@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import fp8dist.config
 from fp8dist.train.config_sections import (
     DATASETS,
@@ -15,9 +13,7 @@ from fp8dist.train.config_sections import (
     VALIDATION_DATASETS,
 )
 from fp8dist.train.config_values import did_you_mean
-
-if TYPE_CHECKING:
-    from fp8dist.train.config import JobConfig
+from fp8dist.train.job_config import JobConfig
 
 
 def check_combinations(job: JobConfig) -> None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from fp8dist.config import RECIPES
 from fp8dist.train.__main__ import set_up_logging
-from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, parse_config
+from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, parse_config, validate
 from fp8dist.train.config_sections import FLOAT8_CONVERTER, MX_CONVERTER
 from fp8dist.train.distributed import agree, init_distributed
 from fp8dist.train.loop import Trainer
@@ -47,7 +47,7 @@ def variant(job: JobConfig, name: str, folder: Path) -> JobConfig:
     section.recipe_name = name
     section.filter_fqns = job.quantize.linear.float8.filter_fqns
     changed.model.converters = [MX_CONVERTER if mx else FLOAT8_CONVERTER]
-    changed.validate()
+    validate(changed)
     return changed
 
 

@@ -24,10 +24,8 @@ def new_model():
     return MixtralForCausalLM(MixtralConfig(num_hidden_layers=2, **sizes, **heads, **experts))
 
 
-def convert(model):  # float8
-    fp8dist.convert_moe_to_float8_training(
-        model, config="rowwise"
-    )  # not for a model without experts
+def convert(model):  # float8, all of it; a model without experts goes without the first line
+    fp8dist.convert_moe_to_float8_training(model, config="rowwise")
     keep_head = fp8dist.float8_module_filter("rowwise", ["lm_head"])
     return fp8dist.convert_to_float8_training(model, config="rowwise", module_filter_fn=keep_head)
 
@@ -47,10 +45,12 @@ def new_trainer(model, folder, **options):
     args = TrainingArguments(
         folder, fsdp=True, learning_rate=3e-3, report_to="none", logging_steps=10, **options
     )
-    return Trainer(model, args, train_dataset=new_data(), callbacks=[Precompute()])
+    callbacks = [Precompute()]  # float8
+    return Trainer(model, args, train_dataset=new_data(), callbacks=callbacks)
 
 
 if __name__ == "__main__":
-    trainer = new_trainer(convert(new_model()), "outputs/hf_trainer")
+    model = convert(new_model())  # float8
+    trainer = new_trainer(model, "outputs/hf_trainer")
     trainer.train()
     trainer.save_model()  # names and values of the unconverted model

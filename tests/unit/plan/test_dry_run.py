@@ -120,8 +120,19 @@ def test_fsdp(ranks: int, recipe: str) -> None:
         in_hp += LAYERS * padded(LINEARS, n) * 2
     casts = 2 * in_hp * (FP32 + BF16)
     if recipe != BASE:
-        casts += LAYERS * (2 * padded(LINEARS, n) * FP32 + payload)
+        reads = 1 if payload != padded(LINEARS, n) else 2  # packed: amaxes in the pass that casts
+        casts += LAYERS * (reads * padded(LINEARS, n) * FP32 + payload)
     assert (found.passes.copies, found.passes.shards) == (copies, casts)
+
+
+def test_scales_that_are_not_precomputed_are_those_of_the_first_microbatch() -> None:
+    off = "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp=false"
+    job = job_of("--training.global_batch_size=16", off, recipe="rowwise")
+    with_precompute = job_of("--training.global_batch_size=16", recipe="rowwise")
+    assert not job.precomputes_scales and with_precompute.precomputes_scales
+    sent, expected = (sent_by_purpose(dry(one, 8)) for one in (job, with_precompute))
+    assert sent == pytest.approx(expected, rel=1e-12)
+    assert sent["scales"] > 0
 
 
 def test_hsdp_reduces_gradients_between_replicas() -> None:

@@ -46,7 +46,11 @@ def step_of(handed: dict[Collective, int], passes: int = 0) -> Observed:
         (REPLICAS, "gradients"),
         (TP, "activations"),
         (SCALES, "scales"),
+        (replace(SCALES, over="tp"), "scales"),
+        (replace(SCALES, phase="forward"), "scales"),
+        (replace(SCALES, phase="forward", over="tp"), "activations"),  # amaxes of activations
         (NORM, "rest"),
+        (replace(NORM, over="tp"), "rest"),
         (replace(NORM, phase="experts"), "rest"),
     ],
 )
@@ -71,6 +75,8 @@ def test_seconds() -> None:
     assert (one_link.link, one_link.tp_link, one_link.memory) == (34, 0, 3)
     assert one_link.total == 37
     two_links = seconds(observed, Machine(link=10, tp_link=20, memory=200))
+    alone = seconds(step_of({replace(SCALES, over="tp", ranks=2): 40}), Machine(10, 20, 200))
+    assert (alone.link, alone.tp_link) == (0, 2)
     assert (two_links.link, two_links.tp_link, two_links.memory) == (30, 2, 3)
 
 

@@ -60,6 +60,14 @@ def test_a_module_is_moved_as_trained_or_frozen_as_it_was(trained: bool) -> None
     assert module.weight.requires_grad_(not trained).requires_grad == (not trained)
 
 
+def test_only_what_is_moved_and_made_a_parameter_stays_frozen() -> None:
+    frozen = parameter().requires_grad_(False)
+    assert nn.Parameter(frozen.to(torch.bfloat16)).requires_grad
+    moved = frozen.to("meta")
+    assert moved.requires_grad_().requires_grad
+    assert not nn.Parameter(frozen.to("meta")).requires_grad
+
+
 # --- what is assigned to `data`
 
 
@@ -75,6 +83,15 @@ def test_assigned_data_take_the_place_of_the_tensor_inside(
     assert param._tensor.data_ptr() == value.data_ptr()
     assert torch.equal(param.data._tensor, value)
     assert count(param) == 1
+
+
+def test_edits_of_what_was_assigned_are_edits_of_the_weight() -> None:
+    param, other = parameter(), Float8ShardedWeight(hp_weight(1))
+    param.data = other
+    before = count(param)
+    other.mul_(2)
+    assert count(param) == before + 1
+    assert torch.equal(param._tensor, 2 * hp_weight(1))
 
 
 # --- optimizers

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fp8dist.train import config_sections
-from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, key_types, parse_config
+from fp8dist.train.config import SHIPPED_CONFIGS, JobConfig, key_types, parse_config, validate
 from fp8dist.train.config_values import LIMITS
 from fp8dist.train.torchtitan_keys import UNUSED
 
@@ -576,7 +576,7 @@ class TestFloat8Flags:
         float8 = config.quantize.linear.float8
         float8.enable_fsdp_float8_all_gather = gather
         float8.precompute_float8_dynamic_scale_for_fsdp = precompute
-        config.validate()
+        validate(config)
         assert (float8.float8_all_gather, float8.precompute_scales) == resolved
 
     def test_precompute_without_gather_is_refused(self):
@@ -764,7 +764,7 @@ class TestRefusedValues:
         config = JobConfig()
         config.activation_checkpoint.mode = "selctive"  # type: ignore[assignment]
         with pytest.raises(ValueError, match="did you mean 'selective'"):
-            config.validate()
+            validate(config)
 
 
 class TestDataset:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8dist.train import data
-from fp8dist.train.config import JobConfig
+from fp8dist.train.config import JobConfig, validate
 from fp8dist.train.data import build_dataset, find_data
 
 needs_torchdata = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused(job: JobConfig) -> None:
         build(job)
     job.training.dataloader.num_workers, job.training.dataloader.prefetch_factor = 0, 2
     with pytest.raises(ValueError, match="prefetch_factor is 2 and there are no workers"):
-        job.validate()
+        validate(job)
 
 
 @needs_torchdata
