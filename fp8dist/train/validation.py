@@ -9,10 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fp8dist.train.config import JobConfig
-from fp8dist.train.data import Batch
 from fp8dist.train.distributed import agree, same_everywhere
 from fp8dist.train.documents import Document, find_documents
 from fp8dist.train.model import Llama
+from fp8dist.train.packing import Batch
 from fp8dist.train.parallelize import Loss
 from fp8dist.train.tensor_parallel import loss_context
 from fp8dist.train.tokenizer import Tokenizer

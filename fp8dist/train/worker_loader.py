@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.utils.data
 
 from fp8dist.train.config_sections import DataloaderSection
-
-if TYPE_CHECKING:
-    from fp8dist.train.data import Batch, PackedDataset
+from fp8dist.train.packing import Batch, PackedDataset
 
 
 class WorkerLoader:

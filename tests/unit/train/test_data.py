@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp8dist.train import data
+from fp8dist.train import packing
 from fp8dist.train.config import JobConfig
-from fp8dist.train.data import PackedDataset, build_dataset, find_data
+from fp8dist.train.data import build_dataset, find_data
 from fp8dist.train.documents import Document, TextDocument
+from fp8dist.train.packing import PackedDataset
 from fp8dist.train.tokenizer import ByteTokenizer
 
 SEQ_LEN = 8
@@ -19,7 +20,7 @@ SEQ_LEN = 8
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that do not hold these few bytes thousands of times over."""
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 400)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 400)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_an_epoch_holds_every_token_once_and_separators(
     documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 210 bytes of text and 20 separators; blocks of 46 x 5 tokens are exactly one epoch.
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 230)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 230)
     stream = rows(dataset(documents, seq_len=5, global_batch_size=46), steps=1)[:, :-1]
     values, counts = np.unique(stream, return_counts=True)
     expected = {0: 20} | {100 + i: i + 1 for i in range(20)}
@@ -74,7 +75,7 @@ def test_documents_are_whole_and_end_in_a_separator(
     documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One sequence per block: the order of the stream stays, and pieces can be joined again.
-    monkeypatch.setattr(data, "BLOCK_TOKENS", SEQ_LEN)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", SEQ_LEN)
     stream = rows(dataset(documents), steps=10)[:, :-1].flatten()
     assert len(stream) == 640
     parts = bytes(stream.astype(np.uint8)).split(b"\0")
@@ -91,7 +92,7 @@ def test_sequences_are_shuffled_within_a_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "long.txt"
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 4000)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 4000)
     path.write_bytes(bytes(range(1, 251)) * 4)
     stream = rows(dataset([TextDocument(path, 0, 1000)]), steps=10)
     # Each row goes on as the document does; the next row is rarely where this one ended.
@@ -124,7 +125,7 @@ def test_resumes_where_it_was_saved(
     documents: list[Document], steps_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Blocks of 5 sequences, so that steps of 8 begin and end inside them.
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 5 * SEQ_LEN)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 5 * SEQ_LEN)
     original = dataset(documents)
     for _ in range(steps_before):
         original.next_step()

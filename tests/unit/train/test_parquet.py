@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fp8dist.train import data, parquet
-from fp8dist.train.data import PackedDataset
+from fp8dist.train import packing, parquet
 from fp8dist.train.documents import find_documents
+from fp8dist.train.packing import PackedDataset
 from fp8dist.train.tokenizer import ByteTokenizer
 
 needs_pyarrow = pytest.mark.skipif(
@@ -69,7 +69,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_a_row_group_is_read_once_in_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 100)
     texts = [chr(ord("a") + i) * 20 for i in range(24)]
     documents = find_documents(write(tmp_path / "a.parquet", {"text": texts}))
     dataset = PackedDataset(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8dist.train import data
+from fp8dist.train import packing
 from fp8dist.train.config import JobConfig, validate
 from fp8dist.train.data import build_dataset, find_data
 
@@ -19,7 +19,7 @@ needs_torchdata = pytest.mark.skipif(
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobConfig:
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 200)
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", 200)
     for i in range(10):
         (tmp_path / f"{i}.txt").write_bytes(bytes([100 + i]) * 40)
     job = JobConfig()
