@@ -10,7 +10,7 @@ from torch.library import Library, register_fake
 from fp8dist import grouped_numerics, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
 from fp8dist.grouped_numerics import ScaledGroups, padded_rows
-from fp8dist.kernels.ops import has_kernels
+from fp8dist.kernels.ops import has_kernels, in_kernels
 from fp8dist.numerics import Scaled, token_multiple, wanted
 
 try:
@@ -54,7 +54,7 @@ def _quantize_groups(
         data (M, N), its reciprocals and scales (2, M, 1), transposed data (N, `padded_rows`), its
         reciprocals and scales (2, groups, N), and the padded ends.
     """
-    if has_kernels(x) and x.numel() > 0 and x.size(0) != 1:  # see [Note: one row] in `ops`
+    if in_kernels(x) and x.numel() > 0:
         return grouped_launch.quantize_groups(x, ends, rows, float8_dtype)
     sizes = _sizes(x, ends, rows)
     data, scales = x.new_empty(sizes[0], dtype=float8_dtype), x.new_empty(sizes[1]).float()

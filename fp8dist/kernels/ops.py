@@ -26,9 +26,14 @@ def has_kernels(x: torch.Tensor) -> bool:
     return launch is not None and x.is_cuda and hardware.has_float8_casts(x.device)
 
 
-# [Note: one row]
-# An argument that is 1 is a constant to Triton, and for M = 1 version 3.6 compiles masks of rows
-# wrongly: rows come through that do not exist. A matrix of one row is left to `numerics`.
+def in_kernels(x: torch.Tensor) -> bool:
+    """Whether x, (M, N), is cast by a kernel.
+
+    Not if M is 1: that is a constant to Triton then, and version 3.6 compiles masks of rows
+    wrongly: rows come through that do not exist. `numerics` does one row.
+    """
+    return has_kernels(x) and x.size(0) != 1
+
 
 # [Note: only in backward]
 # The compiler moves what backward computes from the weight alone into forward, and keeps the
@@ -72,7 +77,7 @@ def _quantize(
         after: see [Note: only in backward].
     """
     a, b = _as_block(block), _as_block(transposed_block)
-    if has_kernels(x) and x.size(0) != 1:  # see [Note: one row]
+    if in_kernels(x):
         return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale, amax)
     if x_inverse is not None:
         x = numerics.dequantize(x, x_inverse.reciprocal())
@@ -101,9 +106,7 @@ def _written(x: Scaled, kind: str, scale_format: ScaleFormat) -> tuple[torch.Ten
 def _transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
     """(M, N) bytes, copied as (N, M)."""
     return (
-        launch.transpose(x)
-        if has_kernels(x) and x.size(0) != 1
-        else x.t().clone(memory_format=torch.contiguous_format)
+        launch.transpose(x) if in_kernels(x) else x.t().clone(memory_format=torch.contiguous_format)
     )
 
 

@@ -11,6 +11,7 @@ from fp8dist.train.noise import quiet
 
 quiet()
 
+# E402: torchao, which these import, is to be quiet by then.
 from fp8dist.plan.dry_run import fake_mesh, observe, shape_of  # noqa: E402
 from fp8dist.plan.figures import PURPOSES, Machine  # noqa: E402
 from fp8dist.plan.picture import plot  # noqa: E402

@@ -23,9 +23,9 @@ from fp8dist.tensors.placement import cut_of, groups_of, join
 from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.train import parallelize
 from fp8dist.train.config import JobConfig
-from fp8dist.train.model import Llama, ModelShape, RotaryEmbedding, model_shape
+from fp8dist.train.model import ModelShape, RotaryEmbedding, model_shape
 from fp8dist.train.moe import MoE
-from fp8dist.train.tensor_parallel import check_shape, cut
+from fp8dist.train.packing import check_batch
 from fp8dist.train.tokenizer import load_tokenizer
 
 # Blocks are alike, so what a step does grows by the same amount with each: two short models tell
@@ -45,11 +45,7 @@ def microbatches(job: JobConfig, ranks: int) -> int:
     local, total = job.training.local_batch_size, job.training.global_batch_size
     if total == -1:
         return 1
-    if total % (local * world):
-        raise ValueError(
-            f"training.global_batch_size={total} is not a multiple of "
-            f"training.local_batch_size={local} times {world} data-parallel ranks"
-        )
+    check_batch(total, local, world)
     return total // (local * world)
 
 
@@ -130,7 +126,7 @@ def fake_mesh(job: JobConfig, ranks: int) -> Iterator[DeviceMesh]:
 
 
 def _run(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Observed:
-    model = assemble(job, shape, mesh)
+    model = parallelize.assemble(job, shape, mesh, compiled=False)
     _join_groups(model)
     # Values are looked at to report those that are not finite; here there are none.
     unreported = mock.patch.object(weight_state, "_reported_non_finite", True)
@@ -159,21 +155,6 @@ def _multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bo
     Grouped ones, which torch cannot run without data, are left to their stand-ins.
     """
     return not emulate and not grouped
-
-
-def assemble(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Llama:
-    """The sharded model of `job` as the trainer makes it, on the meta device."""
-    check_shape(job, shape)
-    parallelize._check_experts(job, shape)
-    with torch.device("meta"):
-        model = Llama(shape, job.training.seq_len).to(parallelize.DTYPES[job.training.dtype])
-    if job.float8_enabled:
-        parallelize.convert(model, job)
-    if job.parallelism.tensor_parallel_degree > 1:
-        cut(model, job, mesh["tp"])
-    parallelize.checkpoint_activations(model, job)
-    parallelize.shard(model, job, parallelize.data_parallel(mesh))
-    return model
 
 
 def _join_groups(model: nn.Module) -> None:

@@ -90,7 +90,7 @@ def step(
     """Run and observe the trainer's step, with one of its equal microbatches, not compiled.
 
     Args:
-        model: with its parameters on the device, from `assemble` or the trainer's `build_model`.
+        model: with its parameters on the device, from the trainer's `assemble` or `build_model`.
         batch: makes token ids and targets, (batch, seq), int64.
     """
     counters = _count_all_gathers(model)

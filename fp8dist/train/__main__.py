@@ -8,6 +8,7 @@ from fp8dist.train.noise import quiet
 
 quiet()
 
+# E402: torchao, which these import, is to be quiet by then.
 import torch.distributed as dist  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 

@@ -80,6 +80,15 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
     Raises:
         ValueError: tensor parallelism does not fit the model, its float8 layers or the sequence.
     """
+    compiled = job.compile.enable and "model" in job.compile.components
+    model = assemble(job, shape, mesh, compiled=compiled)
+    model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
+    model.init_weights(job.debug.seed or 0, device)
+    return model
+
+
+def assemble(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, *, compiled: bool) -> Llama:
+    """The sharded model of `job` on the meta device; see `build_model`."""
     check_shape(job, shape)
     _check_experts(job, shape)
     with torch.device("meta"):
@@ -89,12 +98,10 @@ def build_model(job: JobConfig, shape: ModelShape, mesh: DeviceMesh, device: tor
     if job.parallelism.tensor_parallel_degree > 1:
         cut(model, job, mesh["tp"])
     checkpoint_activations(model, job)
-    if job.compile.enable and "model" in job.compile.components:
+    if compiled:
         for block in model.layers:
             block.compile(fullgraph=True)
     shard(model, job, data_parallel(mesh))
-    model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
-    model.init_weights(job.debug.seed or 0, device)
     return model
 
 

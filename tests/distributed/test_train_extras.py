@@ -7,14 +7,18 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from fp8dist.train.checkpoint import Checkpointer
+from fp8dist.train.config import parse_config
 from fp8dist.train.loop import Trainer
+from fp8dist.train.model import FLAVORS
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_train import (  # noqa: F401  # text is a fixture
     FLOAT8,
     STEPS,
+    TINY,
     arguments,
     refusal,
     refusal_with_a_path_for_each_rank,
@@ -31,6 +35,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict:  # noqa
     """The record that nothing here may change."""
     record, _ = run_on_ranks(2, train, arguments(tmp_path_factory.mktemp("plain"), text, FLOAT8))
     return record
+
+
+def train_and_look(argv: list[str]) -> tuple[dict, bool]:
+    """The record, and whether all of the model is in training mode afterwards."""
+    FLAVORS["tiny"] = TINY
+    device = torch.device(DEVICE, torch.cuda.current_device() if DEVICE == "cuda" else None)
+    trainer = Trainer(parse_config(argv), device)
+    record = trainer.train().to_dict()
+    return record, all(module.training for module in trainer.model.modules())
 
 
 def test_validation_changes_no_step(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
@@ -56,9 +69,10 @@ def test_validation_changes_no_step(tmp_path: Path, text: Path, plain: dict) -> 
     # each forward's activations, which are others here, so to float8's rounding.
     alone = [*flags, "--validation.local_batch_size=4", "--training.steps=1"]
     [single] = run_on_ranks(1, train, arguments(tmp_path / "1", text, FLOAT8, *alone))
-    pair, _ = run_on_ranks(
-        2, train, arguments(tmp_path / "2", text, FLOAT8, *flags, "--training.steps=1")
+    (pair, is_training), _ = run_on_ranks(
+        2, train_and_look, arguments(tmp_path / "2", text, FLOAT8, *flags, "--training.steps=1")
     )
+    assert is_training
     assert single["validation_losses"] == pytest.approx(pair["validation_losses"], rel=1e-3)
 
 
