@@ -33,15 +33,18 @@ def job_arguments(folder: Path, text: Path, steps: int) -> list[str]:
 
 
 def start(argv: list[str], ranks: int, max_restarts: int = 0) -> subprocess.Popen[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)]
     return subprocess.Popen(
-        [*torchrun, "-m", "fp8dist.train", *argv],
+        command(torchrun, argv),
         env=cpu_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def command(torchrun: list[str], argv: list[str]) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "fp8dist.train", *argv]
 
 
 def kill_at_random(
