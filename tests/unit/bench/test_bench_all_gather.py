@@ -65,6 +65,39 @@ def test_times_and_bytes_of_every_part_on_two_ranks(tmp_path: Path) -> None:
     assert "| net win for messages (MB in bfloat16) | here, " in run.stdout
     assert run.stdout.count("| fp8dist:rowwise |") == 3
 
+    picture = tmp_path / "phases.png"
+    drawn = run_program("plot_phases", str(saved), str(picture))
+    assert drawn.returncode == 0, drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_are_as_long_as_an_unshard_takes() -> None:
+    parts = {
+        "precompute": 40e-6,
+        "cast": 1e-6,
+        "copy_in": 2e-6,
+        "collective": 3e-6,
+        "copy_out": 4e-6,
+    }
+    row = {"variant": "bf16", "n": N, "k": K, "per_unshard": 20e-6, **parts}
+    other = row | {"variant": "fp8dist:rowwise", "cast": 6e-6, "per_unshard": 25e-6}
+    report = {
+        "gpu": None,
+        "ranks": 2,
+        "versions": {},
+        "date": "2026-11-24",
+        "arguments": {"unshards": 4},
+        "rows": [row, other, *({**of_size, "n": 2 * N} for of_size in (row, other))],
+    }
+    panels = load_program("plot_phases").draw(report).axes
+    assert len(panels) == 2
+    for axes in panels:
+        widths = [bar.get_width() for bar in axes.patches]
+        assert widths == pytest.approx([10, 1, 2, 3, 4, 10, 6, 2, 3, 4])
+        ends = [axes.patches[last].get_x() + widths[last] for last in (4, 9)]
+        assert ends == pytest.approx([20, 25])
+        assert [text.get_text() for text in axes.texts] == ["20", "25 (1.25)"]
+
 
 def test_refuses_shards_that_a_recipe_cannot_cast() -> None:
     run = run_program("bench_all_gather", "--rows=200", "--columns=128", ranks=1)
