@@ -35,6 +35,15 @@ else:
 logger = logging.getLogger("fp8dist")
 
 HELP_WIDTH = 120  # characters
+DESCRIPTION = """\
+Train a Llama, or a mixture of experts, under FSDP2, with float8 where asked:
+  torchrun --nproc-per-node 8 -m fp8dist.train \\
+    --model.converters quantize.linear.float8 --compile.enable
+- A key is --section.key value or --section.key=value; a switch may stand alone.
+- The names of a list are comma-separated. none: the value is not set.
+- The TOML file of --job.config_file has the same sections and keys.
+- Steps are optimizer steps.
+"""
 SHIPPED_CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
@@ -235,6 +244,7 @@ def _tyro(default: JobConfig, args: Sequence[str]) -> JobConfig:
     return tyro.cli(
         JobConfig,
         prog="python -m fp8dist.train",
+        description=DESCRIPTION,
         default=default,
         args=list(args),
         use_underscores=True,

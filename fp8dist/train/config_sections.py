@@ -1,7 +1,7 @@
 """The sections of a job's configuration: one dataclass each, torchtitan 0.2's names.
 
-A docstring below a field is its line in `--help`. What a value may be is its type
-(`Literal` for names) and, for numbers, its entry in `LIMITS`; `JobConfig.validate` checks both.
+A docstring below a field is its text in `--help`, which keeps its lines: they end where sentences
+do. What a value may be is its type (`Literal` for names) and, for numbers, its entry in `LIMITS`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class JobSection:
     """The run as a whole."""
 
     config_file: str | None = None
-    """TOML file read before the flags; flags override it."""
+    """TOML file with the same sections and keys, read before the flags; flags override it."""
     dump_folder: str = "./outputs"
-    """Folder for everything the run writes; other folder names are relative to it."""
+    """Folder for everything the run writes, the same on all nodes; made if missing.
+    It gets run.json, loss.png and the folders that other sections name."""
     description: str = "default job"
-    """One line about the run, kept in its JSON."""
+    """One line about the run: the title of loss.png, kept in run.json."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ProfilingSection:
     """Traces of torch.profiler, one file per rank, for chrome://tracing or Perfetto."""
 
     enable_profiling: bool = False
-    """Write traces."""
+    """Write traces of what runs on the CPU and the GPU."""
     save_traces_folder: str = "profile_traces"
     """Traces' folder, inside job.dump_folder; a trace is iteration_N/rankR_trace.json there."""
     profile_freq: int = 10
@@ -75,9 +76,9 @@ class MetricsSection:
     """What is reported while training."""
 
     log_freq: int = 10
-    """Steps between two progress lines."""
+    """Steps between two progress lines; the first and the last step have one too."""
     enable_tensorboard: bool = False
-    """Write TensorBoard event files."""
+    """Write TensorBoard event files, a point per progress line."""
     save_tb_folder: str = "tb"
     """TensorBoard's folder, inside job.dump_folder."""
 
@@ -89,12 +90,14 @@ class ModelSection:
     name: Literal["llama3"] = "llama3"
     """Model architecture."""
     flavor: str = "debugmodel"
-    """Size: debugmodel, 8B, 70B or 405B; or debugmoe, a mixture of experts."""
+    """Size: debugmodel (3 million parameters with a vocabulary of bytes), 8B, 70B or 405B.
+    Or debugmoe: debugmodel as a mixture of experts."""
     hf_assets_path: str | None = None
     """Folder whose tokenizer.json is the tokenizer; none: one token per byte of text."""
     converters: list[str] = field(default_factory=list)
-    """Conversions, comma-separated. Of the linear layers: quantize.linear.float8 or
-    quantize.linear.mx. Of experts: quantize.grouped_mm.float8 or quantize.grouped_mm.mx."""
+    """Conversions, comma-separated; sections of these names set them up. Empty: none.
+    Of the linear layers: quantize.linear.float8 or quantize.linear.mx.
+    Of experts: quantize.grouped_mm.float8 or quantize.grouped_mm.mx."""
 
 
 @dataclass
@@ -102,15 +105,15 @@ class OptimizerSection:
     """The optimizer and its constants."""
 
     name: Literal["AdamW", "Adam"] = "AdamW"
-    """Optimizer class."""
+    """Optimizer. AdamW: weight decay apart from the gradient; Adam: added to it."""
     lr: float = 8e-4
-    """Peak learning rate."""
+    """Learning rate after warmup and before decay, the highest of the run."""
     beta1: float = 0.9
-    """Decay of the running mean of gradients, 0 to 1."""
+    """Part of the running mean of gradients that a step keeps, at least 0 and below 1."""
     beta2: float = 0.95
-    """Decay of the running mean of squared gradients, 0 to 1."""
+    """Part of the running mean of squared gradients that a step keeps, at least 0 and below 1."""
     eps: float = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update, so that it is not 0."""
     weight_decay: float = 0.1
     """Fraction of each weight, times the learning rate, taken off per step."""
 
@@ -124,7 +127,7 @@ class LRSchedulerSection:
     decay_ratio: float | None = None
     """Part of all steps spent decaying, 0 to 1; none: from the end of warmup to the last step."""
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the decay."""
+    """How the learning rate goes from the peak to 0."""
 
 
 @dataclass
@@ -132,10 +135,10 @@ class DataloaderSection:
     """Who prepares the batches."""
 
     num_workers: int = 0
-    """Worker processes of each rank, by torchdata's stateful loader; 0: a thread. A run goes on
-    from a checkpoint with as many as it was saved with."""
+    """Worker processes of each rank, by torchdata's stateful loader; 0: a thread of the rank.
+    A run goes on from a checkpoint with as many as it was saved with."""
     prefetch_factor: int | None = None
-    """Steps that each worker prepares ahead; none: 2."""
+    """Steps that each worker prepares ahead; only with workers. none: 2."""
 
 
 @dataclass
@@ -143,30 +146,30 @@ class TrainingSection:
     """Data, batch, length of the run, and dtypes."""
 
     dataset: str = BUILT_IN_DATASET
-    """Data set. stdlib: the source text of Python's standard library, on every machine; text: the
-    files at training.dataset_path. Nothing is downloaded: torchtitan's c4 and c4_test are read from
-    training.dataset_path, and refused when the data is opened if that is not set."""
+    """Data set.
+    stdlib: the source text of Python's standard library, on every machine.
+    text, and torchtitan's c4 and c4_test: the files at training.dataset_path, never a download."""
     dataset_path: str | None = None
-    """File, or folder of files, .txt, .jsonl or .parquet, to train on, whatever training.dataset
-    says. Of a .parquet the column "text" is read, which needs pyarrow."""
+    """File, or folder of files, to train on, whatever training.dataset says.
+    A .txt is one text; a .jsonl and a .parquet (needs pyarrow) have one in "text" of each row."""
     local_batch_size: int = 8
-    """Sequences in one forward of a data-parallel rank."""
+    """Sequences in one forward pass of a data-parallel rank."""
     global_batch_size: int = -1
-    """Sequences per step over all ranks; more than one forward holds is accumulated over several.
+    """Sequences per optimizer step over all ranks; gradients of several forwards are accumulated.
     -1: local_batch_size times the data-parallel ranks."""
     seq_len: int = 2048
     """Tokens per sequence."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this total norm when above it; inf: never."""
+    """Gradients whose norm over all parameters is above this are scaled down to it; inf: never."""
     steps: int = 10000
-    """Optimizer steps in the run."""
+    """Optimizer steps in the run, with those before the checkpoint from which it goes on."""
     dtype: Dtype = "float32"
     """Dtype of sharded parameters, gradients and optimizer state."""
     mixed_precision_param: Dtype = "bfloat16"
-    """Dtype in which FSDP gathers parameters and computes."""
+    """Dtype in which FSDP gathers parameters that are not gathered in float8, and computes."""
     enable_cpu_offload: bool = False
-    """Keep sharded parameters, gradients and optimizer state in main memory, and run the optimizer
-    there; slower, for models that do not fit otherwise."""
+    """Keep sharded parameters, gradients and optimizer state in main memory.
+    The optimizer runs there: slower, for models that do not fit otherwise."""
     dataloader: DataloaderSection = field(default_factory=DataloaderSection)
 
     @property
@@ -181,22 +184,22 @@ class TrainingSection:
 
 @dataclass
 class ParallelismSection:
-    """How the ranks are arranged."""
+    """How the ranks are arranged: their number is the product of the degrees."""
 
     data_parallel_replicate_degree: int = 1
     """Replicas of the sharded model (HSDP); 1: FSDP alone."""
     data_parallel_shard_degree: int = -1
     """Ranks that share one copy of the parameters (FSDP); -1: all remaining ranks."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after forward and gather them again for backward. default: in the
-    blocks, not in the layers around them."""
+    """Free gathered parameters after forward, and gather them again for backward.
+    default: in the blocks, not in the layers around them; always: everywhere; never: nowhere."""
     tensor_parallel_degree: int = 1
-    """Ranks that share the work of each layer, and a batch (tensor parallelism); it divides the
-    model's heads, its kv heads and training.seq_len."""
+    """Ranks that share the work of each layer, and a batch (tensor parallelism).
+    It must divide the model's heads, its kv heads and training.seq_len."""
     pipeline_parallel_degree: int = 1
-    """Pipeline parallelism is not supported: 1."""
+    """Pipeline parallelism is not supported: must be 1."""
     context_parallel_degree: int = 1
-    """Context parallelism is not supported: 1."""
+    """Context parallelism is not supported: must be 1."""
 
     def shard_degree(self, world_size: int) -> int:
         """Ranks over which FSDP shards each parameter, out of `world_size` ranks.
@@ -224,20 +227,21 @@ class CheckpointSection:
     """Saving the run, and resuming from the newest save."""
 
     enable: bool = False
-    """Save checkpoints, and resume from the newest one found."""
+    """Save checkpoints, and go on from the newest complete one that is there."""
     folder: str = "checkpoint"
-    """Checkpoints' folder, inside job.dump_folder."""
+    """Checkpoints' folder, inside job.dump_folder; one is step-STEP there. All are kept."""
     interval: int = 500
     """Steps between two checkpoints; the last step is always saved."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Write while training goes on, from a copy in main memory of what is saved. disabled: training
-    waits; async: it waits for the copy; async_with_pinned_mem: for less long, since page-locked
-    memory is kept for the copy."""
+    """What training waits for.
+    disabled: until all is written.
+    async: until it is copied to main memory, from where it is written while training goes on.
+    async_with_pinned_mem: the same, faster: page-locked memory is kept for the copy."""
 
 
 @dataclass
 class CompileSection:
-    """torch.compile."""
+    """torch.compile; on GPUs float8 needs it to be fast."""
 
     enable: bool = False
     """Compile what compile.components names."""
@@ -250,9 +254,11 @@ class ActivationCheckpointSection:
     """Activations recomputed in backward instead of kept."""
 
     mode: Literal["none", "selective", "full"] = "selective"
-    """none: keep all; full: recompute every block; selective: as selective_ac_option says."""
+    """none: keep all activations; full: recompute every block.
+    selective: as activation_checkpoint.selective_ac_option says."""
     selective_ac_option: str = "2"
-    """op: keep the results of matmuls and attention; a number n: recompute every n-th block."""
+    """op: keep the results of matmuls and attention, and recompute the rest.
+    A number N: recompute every N-th block."""
 
 
 @dataclass
@@ -264,12 +270,13 @@ class Float8LinearSection:
     precompute_float8_dynamic_scale_for_fsdp: bool | None = None
     """All scales of a step in one all-reduce, after the optimizer. none: on if the gather is."""
     recipe_name: str = "tensorwise"
-    """Which elements share a scale: tensorwise, rowwise, rowwise_with_gw_hp or blockwise."""
+    """Which elements share a scale: tensorwise (all), rowwise, or blockwise (128 x 128).
+    Or rowwise_with_gw_hp: rowwise, with gradients of weights in high precision."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers left unconverted, comma-separated parts of their names; auto_filter_small_kn among
-    them leaves layers too small to gain."""
+    """Layers left unconverted, comma-separated parts of their names, such as output.
+    auto_filter_small_kn among them: also those that are too small to gain."""
     emulate: bool = False
-    """Multiply dequantized values also where the hardware has float8."""
+    """Cast to float8, but multiply in high precision also where the hardware has float8: slow."""
 
     @property
     def float8_all_gather(self) -> bool:
@@ -288,9 +295,10 @@ class MXLinearSection:
     gathered in float8."""
 
     recipe_name: str = "mxfp8_rceil"
-    """mxfp8_rceil (short: mxfp8), or mxfp8_rceil_wgrad_with_hp: grad_weight in high precision."""
+    """mxfp8_rceil (short: mxfp8): 32 elements of a row share a scale.
+    mxfp8_rceil_wgrad_with_hp: the same, with gradients of weights in high precision."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers left unconverted, comma-separated parts of their names."""
+    """Layers left unconverted, comma-separated parts of their names, such as output."""
 
     # What the float8 section lets one choose.
     float8_all_gather: ClassVar[bool] = True
@@ -350,7 +358,7 @@ class DebugSection:
     seed: int | None = None
     """Seed of initialisation and shuffling; none: 0."""
     deterministic: bool = False
-    """Deterministic algorithms only; slower."""
+    """Deterministic algorithms of torch only, an error where an op has none; slower."""
 
 
 @dataclass
@@ -358,7 +366,7 @@ class CommSection:
     """Collectives."""
 
     train_timeout_seconds: int = 100
-    """Seconds a collective may take before the job ends."""
+    """Seconds that a collective may wait for a rank before the job ends."""
 
 
 @dataclass
@@ -368,19 +376,20 @@ class ValidationSection:
     enable: bool = False
     """Validate. Training is bitwise the same with and without."""
     dataset: str = TORCH_DATASET
-    """Data set. torch: the Python source text of the installed torch; text: the files at
-    validation.dataset_path, which torchtitan's c4_validation needs too."""
+    """Data set.
+    torch: the Python source text of the installed torch.
+    text, and torchtitan's c4_validation: the files at validation.dataset_path."""
     dataset_path: str | None = None
     """File, or folder of files, as in training.dataset_path, whatever validation.dataset says."""
     local_batch_size: int | None = None
-    """Sequences in one forward of a data-parallel rank; none: training.local_batch_size."""
+    """Sequences in one forward pass of a data-parallel rank; none: training.local_batch_size."""
     seq_len: int | None = None
     """Tokens per sequence; none: training.seq_len."""
     freq: int = 10
-    """Training steps between two validations; one is made after the last step, too."""
+    """Training steps between two validations; there is one after the last step, too."""
     steps: int = -1
-    """Forwards of each rank in a validation, on text that is the same every time; -1: as many as
-    there are whole global batches of it."""
+    """Forwards of each rank in a validation, on text that is the same every time.
+    -1: as many as there are whole global batches of it."""
 
     @property
     def text_path(self) -> Path | None:
