@@ -1,4 +1,32 @@
-"""Float8 communication for FSDP2 and tensor parallelism. See the README."""
+"""Float8 communication for FSDP2 and tensor parallelism: converted weights cross the network as one
+byte per element, all scales of a step in one all-reduce, and forward and backward multiply what
+arrives.
+
+```python
+fp8dist.convert_to_float8_training(model, config="rowwise")   # nn.Linear -> Float8Linear
+for block in model.layers:
+    fully_shard(block)
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters())
+fp8dist.register_precompute_hook(optimizer, model)
+```
+
+- Conversion: `convert_to_float8_training` turns `nn.Linear` into `Float8Linear`, those that
+  `float8_module_filter` chooses; `convert_moe_to_float8_training` is for experts, whose weights
+  have three dimensions.
+- Configuration: `Float8Config` with a recipe's name, and `FastAccum`; or torchao's
+  `Float8LinearConfig`, which is here by torchao's names.
+- After each step: `register_precompute_hook`, or a call of
+  `precompute_float8_dynamic_scale_for_fsdp`.
+- Tensor parallelism: `Float8ColwiseParallel`, `Float8RowwiseParallel`, `PrepareFloat8ModuleInput`.
+- Inference: `export_float8` writes the bytes that are gathered as safetensors.
+
+Shapes are input (M, K), weight (N, K) and output (M, N), where M counts tokens, K is `in_features`
+and N `out_features`. High precision is the dtype that is trained in: float32, bfloat16 or float16.
+An amax is the largest absolute value of elements that share a scale, and the scale is what they are
+multiplied by before they are cast. Wrong input is a `ValueError` that says what was found and what
+to do, on all ranks alike. The README has the recipes and the hardware.
+"""
 
 from typing import TYPE_CHECKING, Any
 

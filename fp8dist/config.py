@@ -188,7 +188,16 @@ def recipe(name: str) -> Recipe:
 
 @dataclass(frozen=True)
 class FastAccum:
-    """Which matmuls accumulate in the tensor cores' shorter registers: faster, less exact."""
+    """Which matmuls accumulate in the tensor cores' shorter registers: faster, less exact.
+
+    It is `use_fast_accum` of `torch.nn.functional.scaled_mm`. Shapes: input (M, K), weight (N, K),
+    grad_output (M, N).
+
+    Args:
+        output: input @ weight^T, sums of K products.
+        grad_input: grad_output @ weight, sums of N.
+        grad_weight: grad_output^T @ input, sums of M.
+    """
 
     output: bool = True
     grad_input: bool = False
@@ -233,10 +242,17 @@ class Float8Config:
 
     @property
     def recipe(self) -> Recipe:
+        """What `recipe_name` stands for, an entry of `fp8dist.config.RECIPES`: for each operand of
+        the three matmuls which elements share a scale and its float8 dtype, how an amax becomes a
+        scale, the number that N and K must be multiples of, and the hardware that multiplies it.
+        """
         return recipe(self.recipe_name)
 
     @property
     def fast_accum_by_matmul(self) -> FastAccum:
+        """`fast_accum` for each of the three matmuls. None is fast in output alone, as in
+        torchao's recipes, and in none where the recipe's matmuls cannot be (blockwise, mxfp8).
+        """
         if isinstance(self.fast_accum, FastAccum):
             return self.fast_accum
         if self.fast_accum is None:

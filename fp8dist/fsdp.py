@@ -107,6 +107,11 @@ def register_precompute_hook(
 ) -> RemovableHandle:
     """Call `precompute_float8_dynamic_scale_for_fsdp` after every `optimizer.step()`.
 
+    Args:
+        optimizer: of the model's parameters; one of several will do if it steps last.
+        module: a model, or the parts of one (pipeline stages), after `parallelize_module` and
+            `fully_shard`: what the call after each step is given.
+
     Returns:
         A handle whose `remove()` undoes it.
 

@@ -250,15 +250,18 @@ class Float8Linear(nn.Linear):
     Made from an `nn.Linear` by `convert_to_float8_training`. Its parameters keep their names,
     shapes and dtypes, and its state dict is that of the `nn.Linear`.
 
-    Shapes: input (..., K), weight (N, K), bias (N,), output (..., N) in the input's dtype.
+    Shapes: input (..., K), weight (N, K), bias (N,), output (..., N) in the input's dtype: float32,
+    bfloat16 or float16, or autocast's. Other inputs are a ValueError that names the layer.
     """
 
     config: Float8Config
-    # None where FSDP2 gathers the weight in high precision.
+    """How this layer computes and is gathered; frozen, and may be shared with other layers."""
     weight_state: WeightState | None
-    # Of tensor parallelism, set by its styles.
+    """The weight's scales and float8 bytes; None where FSDP2 gathers it in high precision."""
     style: str | None = None
+    """The name of the style of tensor parallelism that was applied."""
     gather_input_again: bool = True
+    """As in `Float8ColwiseParallel`, which sets it."""
 
     @classmethod
     def from_float(

@@ -216,11 +216,12 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> Float8L
 class Float8ColwiseParallel(ColwiseParallel):
     """`torch.distributed.tensor.parallel.ColwiseParallel` for a `Float8Linear`.
 
-    An input that is cut along its tokens is gathered in float8; see [Note: activations in float8].
+    An input that is cut along its tokens is gathered in float8, one byte per element.
 
     Args:
-        gather_input_again: for recipes whose grad_weight is computed in high precision, see
-            [Note: high-precision grad_weight].
+        gather_input_again: for recipes whose grad_weight is computed in high precision: backward
+            gathers the input once more, in its dtype. False: it takes what arrived in float8.
+        kwargs: `input_layouts`, `output_layouts` and `use_local_output`, as in `ColwiseParallel`.
 
     Raises:
         ValueError: in `parallelize_module`: the module is no `Float8Linear`, or N of a rank is no

@@ -1,5 +1,6 @@
 """What the API reference is built from: every public name says what it is for."""
 
+import ast
 import inspect
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -47,8 +48,23 @@ def test_arguments_and_errors_are_explained(name: str) -> None:
     obj = getattr(fp8dist, name)
     docstring = own_docstring(obj)
     assert "Raises:\n    ValueError: " in docstring
-    if name != "register_precompute_hook":  # its arguments are those of what it calls
-        assert set(arguments(obj)) <= explained(docstring)
+    assert set(arguments(obj)) <= explained(docstring)
+
+
+@pytest.mark.parametrize("name", ["Float8Config", "Float8Linear"])
+def test_every_public_member_is_explained(name: str) -> None:
+    """Fields are in Args of their class, or have a docstring below them."""
+    cls = getattr(fp8dist, name)
+    own = {key: value for key, value in vars(cls).items() if not key.startswith("_")}
+    properties = [key for key, value in own.items() if isinstance(value, property)]
+    assert all(inspect.getdoc(own[key]) for key in properties)
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    documented = {
+        field.target.id
+        for field, below in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+    assert set(inspect.get_annotations(cls)) <= documented | explained(own_docstring(cls))
 
 
 def test_types_are_public() -> None:
