@@ -2,6 +2,8 @@
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -56,10 +58,29 @@ def _log_emulation(device_type: str, recipe_name: str) -> None:
     )
 
 
+_assumed = False
+
+
+@contextmanager
+def assume_matmuls() -> Iterator[None]:
+    """While it is open, devices count as having every recipe's matmul: for fake tensors.
+
+    Grouped ones, which torch cannot run on such tensors, are left to their stand-ins.
+    """
+    global _assumed
+    before, _assumed = _assumed, True
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bool = False) -> bool:
     """Whether to use the device's float8 matmul; says once in the log when it has none."""
     if emulate:
         return False
+    if _assumed:
+        return not grouped
     if (has_grouped_matmul if grouped else has_matmul)(device, recipe):
         return True
     if not torch.compiler.is_compiling():

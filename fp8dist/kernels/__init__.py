@@ -1,6 +1,8 @@
 """Twins of `fp8dist.numerics` that run where the tensor is, on a GPU as Triton kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -9,6 +11,30 @@ from fp8dist.config import COLUMN, ROW, TENSOR, WHOLE, Block, ScaleFormat
 from fp8dist.kernels import ops
 from fp8dist.numerics import AmaxPart, CastPart, Scaled
 from fp8dist.tracing import is_tracing
+
+
+class Watcher(Protocol):
+    """Is told of casts and transposes of operands before they are made, see `watched`."""
+
+    def casts(
+        self, x: torch.Tensor, block: Block | None, transposed_block: Block | None
+    ) -> None: ...
+
+    def transposes(self, weight: Scaled, block: Block, new_scale: torch.Tensor | None) -> None: ...
+
+
+_watcher: Watcher | None = None
+
+
+@contextmanager
+def watched(by: Watcher) -> Iterator[None]:
+    """While it is open, `by` is told, with the arguments, of what is not compiled."""
+    global _watcher
+    before, _watcher = _watcher, by
+    try:
+        yield
+    finally:
+        _watcher = before
 
 
 def quantize_both(
@@ -20,6 +46,8 @@ def quantize_both(
     after: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`."""
+    if _watcher is not None:
+        _watcher.casts(x, block, transposed_block)
     if block is None and transposed_block is None:
         return None, None
     one = block is None or transposed_block is None
@@ -46,6 +74,8 @@ def quantize(
     amax: torch.Tensor | None = None,
 ) -> Scaled:
     """See `numerics.quantize`; for `amax`, `ops.quantize`."""
+    if _watcher is not None:
+        _watcher.casts(x, block, None)
     return ops.quantize(x, block, float8_dtype, scale_format, amax)
 
 
@@ -57,6 +87,8 @@ def rescale_transposed(
     after: torch.Tensor | None = None,
 ) -> Scaled:
     """See `numerics.rescale_transposed`; for `after`, [Note: only in backward] in `ops`."""
+    if _watcher is not None:
+        _watcher.transposes(weight, block, new_scale)
     return ops.rescale_transposed(weight, block, new_scale, scale_format, after)
 
 

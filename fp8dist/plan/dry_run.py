@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,10 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fp8dist import hardware
-from fp8dist.config import Recipe
-from fp8dist.plan.groups import float32_groups
+from fp8dist.plan.groups import Float32Groups
 from fp8dist.plan.step import Observed, Passes, step
-from fp8dist.tensors import weight_state
 from fp8dist.tensors.placement import cut_of, groups_of, join
 from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.train import parallelize
@@ -128,11 +125,9 @@ def fake_mesh(job: JobConfig, ranks: int) -> Iterator[DeviceMesh]:
 def _run(job: JobConfig, shape: ModelShape, mesh: DeviceMesh) -> Observed:
     model = parallelize.assemble(job, shape, mesh, compiled=False)
     _join_groups(model)
-    # Values are looked at to report those that are not finite; here there are none.
-    unreported = mock.patch.object(weight_state, "_reported_non_finite", True)
-    # What is kept for backward is what a device keeps that multiplies float8.
-    native = mock.patch.object(hardware, "multiplies", _multiplies)
-    with unreported, native, float32_groups(), FakeTensorMode(allow_non_fake_inputs=True):
+    # What is kept for backward is then what a device keeps that multiplies float8.
+    native = hardware.assume_matmuls()
+    with native, Float32Groups(), FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=DEVICE)
         _reset_buffers(model)
         size = (job.training.local_batch_size, job.training.seq_len)
@@ -147,14 +142,6 @@ def _reset_buffers(model: nn.Module) -> None:
             module.reset_parameters()
         elif isinstance(module, MoE):
             module.reset_buffers()
-
-
-def _multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bool = False) -> bool:
-    """`hardware.multiplies` of a device that has every recipe's matmul.
-
-    Grouped ones, which torch cannot run without data, are left to their stand-ins.
-    """
-    return not emulate and not grouped
 
 
 def _join_groups(model: nn.Module) -> None:

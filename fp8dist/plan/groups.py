@@ -1,12 +1,9 @@
 """Experts in float32 without contents, which torch multiplies with contents only."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from fp8dist.experts import Float8Experts
 
@@ -25,15 +22,14 @@ class _Product(torch.autograd.Function):
         return torch.empty_like(tokens), torch.empty_like(weights)
 
 
-@contextmanager
-def float32_groups() -> Iterator[None]:
+class Float32Groups(TorchFunctionMode):
     """While it is open, `F.grouped_mm` takes fake tensors of float32, as it does real ones."""
-    grouped_mm = F.grouped_mm
 
-    def of_any_dtype(a: torch.Tensor, b: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if a.dtype == torch.float32 and not isinstance(b, Float8Experts):
-            return _Product.apply(a, b)
-        return grouped_mm(a, b, **kwargs)
-
-    with mock.patch.object(F, "grouped_mm", of_any_dtype):
-        yield
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ == "_grouped_mm":  # which `F.grouped_mm` calls
+            tokens, weights = args
+            if tokens.dtype == torch.float32 and not isinstance(weights, Float8Experts):
+                return _Product.apply(tokens, weights)
+        return func(*args, **(kwargs or {}))

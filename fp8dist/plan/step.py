@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import fp8dist
+from fp8dist import kernels
 from fp8dist.plan.observe import Collective, Observer
 from fp8dist.plan.operands import Operands
 from fp8dist.tensors.sharded_weight import weights_of
@@ -106,7 +107,7 @@ def step(
     operands = Operands(merged=job.compile.enable and "model" in job.compile.components)
     with Observer(mesh, lambda: _unreduced(model)) as observer:
         observer.phase = "forward"
-        with operands.counting():
+        with kernels.watched(by=operands):
             logits = model(tokens)
             with loss_context(job):
                 loss = parallelize.cross_entropy(logits, targets)

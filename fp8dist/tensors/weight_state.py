@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from fp8dist import numerics, precompute
@@ -291,10 +292,10 @@ def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: li
     """Name the first weight with a NaN or Inf, once, without waiting for the device.
 
     On an accelerator the answer is read one call later. The values go on as they are: the
-    scale of such a weight makes its elements NaN, and the loss shows it.
+    scale of such a weight makes its elements NaN, and the loss shows it. Fake tensors have none.
     """
     global _reported_non_finite
-    if _reported_non_finite or amaxes.numel() == 0:
+    if _reported_non_finite or amaxes.numel() == 0 or isinstance(amaxes, FakeTensor):
         return
     last = states[0].finite
     if last is not None and not last.arrived():

@@ -103,6 +103,14 @@ def test_rocm_is_not_taken_for_cuda(
     assert not hardware.has_matmul(CUDA, TENSORWISE)
 
 
+def test_matmuls_are_assumed_until_it_ends() -> None:
+    with hardware.assume_matmuls():
+        assert hardware.multiplies(CPU, TENSORWISE, emulate=False)
+        assert not hardware.multiplies(CPU, TENSORWISE, emulate=True)
+        assert not hardware.multiplies(CPU, RECIPES["rowwise"], emulate=False, grouped=True)
+    assert not hardware.multiplies(CPU, TENSORWISE, emulate=False)
+
+
 def test_emulation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fp8dist"):
         for _ in range(3):

@@ -30,14 +30,14 @@ def cast(x: torch.Tensor, block: Block | None, transposed: Block | None) -> None
 )
 def test_casts(block: Block | None, transposed: Block | None, reads: int, writes: int) -> None:
     operands = Operands(merged=False)
-    with operands.counting():
+    with kernels.watched(by=operands):
         cast(torch.ones(SIZE, dtype=torch.bfloat16), block, transposed)
     assert operands.bytes == reads * 2 * N + writes * N
 
 
 def test_a_cast_by_given_blocks() -> None:
     operands = Operands(merged=False)
-    with operands.counting():
+    with kernels.watched(by=operands):
         kernels.quantize(torch.ones(SIZE), ROW, E4M3, "power_of_2")
     assert operands.bytes == 4 * N + N
 
@@ -56,7 +56,7 @@ def test_transposes(own: Block, block: Block, given: bool, passes: int) -> None:
     assert weight is not None
     scale = torch.ones(1, SIZE[1]) if given else None
     operands = Operands(merged=False)
-    with operands.counting():
+    with kernels.watched(by=operands):
         kernels.rescale_transposed(weight, block, scale, "power_of_2")
     assert operands.bytes == passes * N
 
@@ -65,7 +65,7 @@ def test_transposes(own: Block, block: Block, given: bool, passes: int) -> None:
 def test_an_input_that_layers_share(merged: bool, casts: int) -> None:
     shared, other = torch.ones(SIZE), torch.ones(SIZE)
     operands = Operands(merged)
-    with operands.counting():
+    with kernels.watched(by=operands):
         cast(shared, ROW, None)
         cast(shared.view(SIZE), ROW, None)  # the same
         cast(shared, TENSOR, None)  # is cast otherwise
@@ -76,9 +76,7 @@ def test_an_input_that_layers_share(merged: bool, casts: int) -> None:
 
 def test_nothing_counts_before_or_after() -> None:
     operands = Operands(merged=False)
-    before = kernels.quantize_both
-    with operands.counting():
+    with kernels.watched(by=operands):
         pass
     cast(torch.ones(SIZE), ROW, None)
-    assert kernels.quantize_both is before
     assert operands.bytes == 0
