@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import fp8dist
+from fp8dist.config import RECIPES
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from tests.distributed.composition import converted, sharded
 from tests.distributed.composition_axes import AXES
@@ -31,9 +32,13 @@ def exported(recipe: str, mesh: tuple[int, ...], offload: bool, folder: str) -> 
     assert isinstance(weight, Float8Tensor)
     if dist.get_rank() == 0:
         tensors = read(Path(folder, "sharded", "model.safetensors"))
-        data, *_ = weight.unpack(model.layers[1].w2.config.recipe.weight)
+        arrived = weight.unpack(RECIPES[recipe].weight)
         found = tensors["layers.1.w2.weight"].view(torch.uint8)
-        assert found.equal(data.contiguous().view(torch.uint8).cpu())
+        assert found.equal(arrived.data.contiguous().view(torch.uint8).cpu())
+        scale, expected = tensors["layers.1.w2.weight_scale"], arrived.scale.reciprocal().cpu()
+        if scale.dtype == torch.uint8:  # the exponent of a power of two; see [Note: e8m0]
+            scale = torch.exp2(scale.float() - 127)
+        assert scale.view(expected.shape).equal(expected)
 
 
 def alone(recipe: str, folder: str) -> None:
