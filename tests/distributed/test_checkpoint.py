@@ -35,12 +35,14 @@ class Side:
     recipe: str  # or "none": not converted
     mesh: str
     offload: str = "none"
+    dtype: str = "float32"  # of the shards
 
     def case(self) -> Case:
         first = {axis: values[0] for axis, values in AXES.items()}
-        return first | {"recipe": self.recipe, "mesh": self.mesh, "offload": self.offload}
+        return first | vars(self)
 
 
+BF16 = "bfloat16"
 # Each recipe, "none" and each mesh are on both sides.
 ROUTES = [
     (Side("tensorwise", "fsdp 3"), Side("none", "fsdp 2")),
@@ -50,6 +52,8 @@ ROUTES = [
     (Side("rowwise_with_gw_hp", "hsdp 2x2"), Side("blockwise", "fsdp 4", "pageable")),
     (Side("blockwise", "fsdp 4", "pageable"), Side("mxfp8_rceil_wgrad_with_hp", "fsdp 1")),
     (Side("mxfp8_rceil_wgrad_with_hp", "fsdp 1"), Side("rowwise_with_gw_hp", "fsdp 3")),
+    (Side("rowwise", "fsdp x tp 2x2", dtype=BF16), Side("none", "fsdp 3", dtype=BF16)),
+    (Side("none", "hsdp 2x2", dtype=BF16), Side("mxfp8_rceil", "fsdp 3", "pageable", BF16)),
 ]
 # How what is saved is taken and set; and whether a file of rank 0 holds all.
 SHARDED = StateDictOptions()
@@ -106,6 +110,7 @@ def test_values_are_bitwise_those_saved(
 ) -> None:
     saved = run_on_ranks(world_of(source.case()), save, source, way, str(tmp_path))
     loaded = run_on_ranks(world_of(target.case()), load, target, way, str(tmp_path))
+    assert {value.dtype for value in saved[0].values()} == {getattr(torch, source.dtype)}
     assert all(same_bits(values, saved[0]) for values in [*saved, *loaded])
 
 
