@@ -288,7 +288,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
             ends,
             input.dtype,
             recipe,
-            fast_accum=config.fast_accum_by_matmul.output,
+            fast_accum=config.fast_accum_of_experts.output,
             emulate=config.emulate,
         )
 
@@ -317,7 +317,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
                 ends,
                 grad_output.dtype,
                 recipe,
-                fast_accum=config.fast_accum_by_matmul.grad_input,
+                fast_accum=config.fast_accum_of_experts.grad_input,
                 emulate=config.emulate,
             )
         if groups is not None:
@@ -330,7 +330,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
                 b,
                 grad_output.dtype,
                 recipe,
-                fast_accum=config.fast_accum_by_matmul.grad_weight,
+                fast_accum=config.fast_accum_of_experts.grad_weight,
                 emulate=config.emulate,
             )
             if stored_transposed:

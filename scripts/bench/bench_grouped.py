@@ -8,8 +8,8 @@ and all casts of tokens and gradients; the weights are there already, as FSDP2 l
 
     bf16                   F.grouped_mm
     torchao:rowwise        torchao's, which casts weights in forward and in backward; on GPUs only
-    fp8dist:RECIPE[+fa]    fp8dist, weights as they arrive from a float8 all-gather; +fa: fast
-                           accumulation in all three matmuls, as torchao's
+    fp8dist:RECIPE[-fa]    fp8dist, weights as they arrive from a float8 all-gather; -fa: without
+                           the fast accumulation that torchao's and fp8dist's have
     alone:RECIPE           of fp8dist the three matmuls, of operands that are cast already
 
 With --layer: router, shuffle, SwiGLU experts, compiled; one forward, backward and what follows an
@@ -17,9 +17,9 @@ optimizer's step, on the ranks of torchrun; bf16 and fp8dist:RECIPE. Printed is 
 the bytes on the wire alone would allow. With more ranks than GPUs these weigh as on a slow network;
 see bench_step.py.
 
-The numbers of tokens are drawn around an equal share, in multiples of 16, which torchao asks for.
-All three results are checked against those of bf16 before they are timed. --shapes takes rows of
-tokens x K x N x E.
+The experts' numbers of tokens are drawn around an equal share, in multiples of 16, which torchao
+asks for, or, with --equal, they are that share. All three results are checked against those of bf16
+before they are timed. --shapes takes rows of tokens x K x N x E.
 """
 
 import argparse
@@ -101,26 +101,26 @@ class Row:
     speedup_by_bytes: float | None = None
 
 
-def ends_of(shape: Shape) -> torch.Tensor:
+def ends_of(shape: Shape, equal: bool = False) -> torch.Tensor:
     """Where the experts' tokens end: shares between half and one and a half of an equal one."""
     generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(shape.e, generator=generator) + 0.5
+    shares = torch.ones(shape.e) if equal else torch.rand(shape.e, generator=generator) + 0.5
     ends = (shares.cumsum(0) / shares.sum() * (shape.m // 16)).round().int() * 16
     return ends.to(DEVICE)
 
 
 def parse(variant: str) -> tuple[str, str, bool]:
-    """Library, recipe, and whether all three matmuls accumulate fast."""
+    """Library, recipe, and whether the matmuls accumulate fast."""
     library, _, recipe = variant.partition(":")
-    return library, recipe.removesuffix("+fa"), recipe.endswith("+fa")
+    return library, recipe.removesuffix("-fa"), not recipe.endswith("-fa")
 
 
-def arrived(weight: torch.Tensor, recipe: str, fast_accum: bool = False) -> Float8Experts:
+def arrived(weight: torch.Tensor, recipe: str, fast_accum: bool = True) -> Float8Experts:
     """Weights of experts as FSDP2 leaves them after its float8 all-gather."""
     root = nn.Module()
     root.experts = nn.Module()
     root.experts.weight = nn.Parameter(weight)
-    config = fp8dist.Float8Config(recipe, fast_accum=True if fast_accum else None)
+    config = fp8dist.Float8Config(recipe, fast_accum=None if fast_accum else False)
     fp8dist.convert_moe_to_float8_training(root, config=config)
     fully_shard(root.experts, mesh=init_device_mesh(DEVICE, (1,)))
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(root)
@@ -144,10 +144,9 @@ def matmul_of(variant: str, weight: torch.Tensor) -> tuple[torch.Tensor, Callabl
 
 
 def forward_and_backward(
-    variant: str, shape: Shape, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+    variant: str, ends: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
 ) -> Callable[[], Results]:
     """What is timed: gives output, grad_input and grad_weight."""
-    ends = ends_of(shape)
     if variant.startswith("alone:"):
         return matmuls_alone(variant.removeprefix("alone:"), x, weight, grad, ends)
     parameter, matmul = matmul_of(variant, weight)
@@ -187,17 +186,21 @@ def matmuls_alone(
         recipe.scale_format,
     )
 
+    fast_accum = recipe.has_fast_accum
+
     def call() -> Results:
         return (
-            scaled_grouped_matmul(row, by_rows, ends, x.dtype, recipe, fast_accum=True),
-            scaled_grouped_matmul(grad_row, by_columns, ends, x.dtype, recipe),
-            scaled_grouped_outer(grad_column, column, x.dtype, recipe),
+            scaled_grouped_matmul(row, by_rows, ends, x.dtype, recipe, fast_accum=fast_accum),
+            scaled_grouped_matmul(
+                grad_row, by_columns, ends, x.dtype, recipe, fast_accum=fast_accum
+            ),
+            scaled_grouped_outer(grad_column, column, x.dtype, recipe, fast_accum=fast_accum),
         )
 
     return call
 
 
-def measure_matmuls(shape: Shape, variants: Sequence[str]) -> tuple[list[Row], bool]:
+def measure_matmuls(shape: Shape, variants: Sequence[str], equal: bool) -> tuple[list[Row], bool]:
     """The rows of a shape, and whether all results were right."""
     torch.manual_seed(0)
     new = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
@@ -208,7 +211,7 @@ def measure_matmuls(shape: Shape, variants: Sequence[str]) -> tuple[list[Row], b
     right = True
     for variant in variants:
         try:
-            call = forward_and_backward(variant, shape, x, weight, grad)
+            call = forward_and_backward(variant, ends_of(shape, equal), x, weight, grad)
             found = call()
             expected = expected or found
             decibels = check_results(found, expected)
@@ -252,7 +255,7 @@ class Layer:
             self.model.moe = MoE(shape.k, sizes, nn.Identity())
         _, recipe, fast_accum = parse(variant)
         if recipe:
-            config = fp8dist.Float8Config(recipe, fast_accum=True if fast_accum else None)
+            config = fp8dist.Float8Config(recipe, fast_accum=None if fast_accum else False)
             fp8dist.convert_moe_to_float8_training(self.model, config=config)
         if compiled:
             self.model.moe.compile(fullgraph=True, dynamic=False)
@@ -353,6 +356,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default=SHAPES, help=f"comma-separated; default {SHAPES}")
     parser.add_argument("--variants", help="comma-separated, bf16 first; default: all, or with "
                         "--layer bf16,fp8dist:rowwise")  # fmt: skip
+    parser.add_argument("--equal", action="store_true", help="as many tokens for each expert")
     parser.add_argument("--layer", action="store_true", help="a layer under FSDP2")
     parser.add_argument("--top-k", type=int, default=1, help="of --layer; default 1")
     parser.add_argument("--calls", type=int, default=20, help="timed, of --layer; default 20")
@@ -361,7 +365,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.variants is None:
         torchao = ["torchao:rowwise"] if CUDA else []
-        matmuls = ["bf16", *torchao, "fp8dist:rowwise", "fp8dist:rowwise+fa", "alone:rowwise"]
+        matmuls = ["bf16", *torchao, "fp8dist:rowwise", "fp8dist:rowwise-fa", "alone:rowwise"]
         options.variants = ["bf16", "fp8dist:rowwise"] if options.layer else matmuls
     else:
         options.variants = options.variants.split(",")
@@ -385,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.layer:
             found, ok = measure_layer(shape, options.variants, options)
         else:
-            found, ok = measure_matmuls(shape, options.variants)
+            found, ok = measure_matmuls(shape, options.variants, options.equal)
         rows, right = rows + found, right and ok
     print_once(table(rows))
     print_once(f"\n{describe(setting())}")

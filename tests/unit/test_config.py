@@ -111,6 +111,21 @@ def test_fast_accum(fast_accum: bool | FastAccum | None, expected: FastAccum) ->
     assert Float8Config(fast_accum=fast_accum).fast_accum_by_matmul == expected
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fast_accum", "expected"),
+    [
+        ("rowwise", None, FastAccum(True, True, True)),  # as torchao's grouped matmuls have it
+        ("rowwise", False, FastAccum(False, False, False)),
+        ("rowwise", FastAccum(False, True, False), FastAccum(False, True, False)),
+        ("mxfp8", None, FastAccum(False, False, False)),
+    ],
+)
+def test_fast_accum_of_experts(
+    recipe: str, fast_accum: bool | FastAccum | None, expected: FastAccum
+) -> None:
+    assert Float8Config(recipe, fast_accum=fast_accum).fast_accum_of_experts == expected
+
+
 def test_fast_accum_unset_is_torchaos_choice() -> None:
     theirs = Float8LinearConfig()
     assert Float8Config().fast_accum_by_matmul == FastAccum(

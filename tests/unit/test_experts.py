@@ -8,9 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fp8dist
-from fp8dist import Float8Config, numerics
+from fp8dist import FastAccum, Float8Config, experts, grouped_numerics, numerics
 from fp8dist.config import RECIPES
 from fp8dist.experts import Float8Experts, Float8ShardedExperts
+from fp8dist.grouped_numerics import GROUP_MULTIPLE
 from tests.unit.moe import (
     DIM,
     EXPERTS,
@@ -175,7 +176,7 @@ def test_rowwise_against_torchao() -> None:
         theirs, their_weight.transpose(-2, -1), ends, pad_token_groups_for_grouped_mm=False
     )
     output.backward(grad)
-    config = Float8Config("rowwise", fast_accum=True)  # as theirs has it
+    config = Float8Config("rowwise")
     parameter = nn.Parameter(Float8ShardedExperts(weight, config, "weight"))
     ours = x.clone().requires_grad_()
     found = F.grouped_mm(ours, parameter.transpose(-2, -1), offs=ends)
@@ -191,6 +192,31 @@ def test_rowwise_against_torchao() -> None:
         bound = 2**-8 * other.abs().max().item()
         torch.testing.assert_close(mine.detach(), other.detach(), rtol=0, atol=bound)
     assert parameter.grad[2].count_nonzero() == 0
+
+
+def test_each_matmul_gets_its_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulated: dict[str, bool] = {}
+
+    def noting(name: str, matmul: Any) -> Any:
+        def call(*args: Any, fast_accum: bool, **kwargs: Any) -> torch.Tensor:
+            accumulated[f"{name} {args[0].data.size(1)}"] = fast_accum  # what is contracted
+            return matmul(*args, fast_accum=fast_accum, **kwargs)
+
+        return call
+
+    for name in ("scaled_grouped_matmul", "scaled_grouped_outer"):
+        monkeypatch.setattr(experts, name, noting(name, getattr(experts, name)))
+    weight = torch.randn(EXPERTS, HIDDEN, DIM)
+    config = Float8Config("rowwise", fast_accum=FastAccum(False, True, False))
+    parameter = nn.Parameter(Float8ShardedExperts(weight, config, "weight"))
+    x = tokens(COUNTS[0]).requires_grad_()
+    F.grouped_mm(x, parameter.transpose(-2, -1), offs=offsets(COUNTS[0])).sum().backward()
+    padded = grouped_numerics.padded_rows(x.size(0), EXPERTS, GROUP_MULTIPLE)
+    assert accumulated == {
+        f"scaled_grouped_matmul {DIM}": False,
+        f"scaled_grouped_matmul {HIDDEN}": True,
+        f"scaled_grouped_outer {padded}": False,
+    }
 
 
 # --- weights that arrived in float8

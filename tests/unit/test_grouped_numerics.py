@@ -5,7 +5,7 @@ import torch
 
 from fp8dist import grouped_numerics, numerics
 from fp8dist.config import COLUMN, RECIPES, WHOLE, Block
-from fp8dist.grouped_numerics import ScaledGroups
+from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups
 
 E4M3 = torch.float8_e4m3fn
 COUNTS = [
@@ -81,13 +81,13 @@ def test_each_group_is_quantized_by_itself(
 
 
 def test_a_nan_stays_in_its_group() -> None:
-    x, ends = random(40, 8), ends_of([8, 32])
+    x, ends = random(40, 8), ends_of([8, 32])  # each group becomes one of GROUP_MULTIPLE
     x[3, 2] = torch.nan
     value = grouped_numerics.dequantize_groups(
         grouped_numerics.quantize_groups(x, ends, COLUMN, E4M3, "power_of_2")
     )
-    assert value[2, :16].isnan().any()
-    assert not value[2, 16:].isnan().any()
+    assert value[2, :GROUP_MULTIPLE].isnan().any()
+    assert not value[2, GROUP_MULTIPLE:].isnan().any()
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "mxfp8_rceil"])

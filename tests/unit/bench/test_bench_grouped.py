@@ -13,7 +13,7 @@ SHAPE = "96x64x96x4"
 
 
 def test_matmuls(tmp_path: Path) -> None:
-    variants = ["bf16", "fp8dist:rowwise+fa", "fp8dist:mxfp8_rceil", "alone:rowwise"]
+    variants = ["bf16", "fp8dist:rowwise-fa", "fp8dist:mxfp8_rceil", "alone:rowwise"]
     run = run_program(
         "bench_grouped",
         f"--shapes={SHAPE},48x32x32x3",
@@ -66,3 +66,5 @@ def test_token_counts_are_multiples_of_16_and_add_up() -> None:
     counts = ends.diff(prepend=ends.new_zeros(1))
     assert ends[-1] == 16384
     assert counts.min() > 0 and (counts % 16).count_nonzero() == 0
+    ends = bench_grouped.ends_of(bench_grouped.Shape.parse("16384x64x64x16"), equal=True)
+    assert ends.tolist() == list(range(1024, 16384 + 1, 1024))
