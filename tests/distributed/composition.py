@@ -9,27 +9,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import fp8dist
 from fp8dist import Float8Config
+from fp8dist.tensors import sharded_weight
+from tests.distributed.composition_model import DIM, Model
 from tests.distributed.harness import DEVICE
 from tests.distributed.pairwise import Case
 from tests.distributed.toy import batch_of, full, loss_of
 
 LEARNING_RATE = 1e-2
+MAX_NORM = 0.05  # less than any step's
 
 WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3}
-# Multiples of 128, as blockwise asks for, also of the parts that tensor parallelism leaves; 3 ranks
-# cut HIDDEN unevenly, and all cut DIM evenly, as FSDP2 asks for on dimension 1.
-DIM, HIDDEN, VOCAB, RANK = 384, 256, 48, 16
 
 
 def world_of(case: Case) -> int:
@@ -38,80 +37,6 @@ def world_of(case: Case) -> int:
 
 def tensor_parallel(case: Case) -> int:
     return 2 if "tp" in case["mesh"] else 1
-
-
-class Block(nn.Module):
-    """x -> x + w2(silu(w1(norm(x)))) + mix(x), varied as the case's model says."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.norm = nn.RMSNorm(DIM)
-        self.w1 = nn.Linear(DIM, HIDDEN, bias=kind == "biases")
-        self.w2 = nn.Linear(HIDDEN, DIM, bias=kind == "biases")
-        self.mix = nn.Linear(DIM, DIM, bias=kind == "biases")
-        if kind == "shared":
-            self.mix_again = self.mix
-        if kind == "lora":
-            self.lora_a = nn.Linear(DIM, RANK, bias=False)
-            self.lora_b = nn.Linear(RANK, DIM, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x)
-        x = x + self.w2(F.silu(self.w1(h)))
-        mixed = self.mix(h)
-        if self.kind == "shared":
-            mixed = self.mix_again(torch.tanh(mixed))
-        if self.kind == "lora":
-            mixed = mixed + self.lora_b(self.lora_a(h))
-        return x + mixed
-
-
-class First(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.embedding = nn.Embedding(VOCAB, DIM)
-        self.layer = Block(kind)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.layer(self.embedding(tokens))
-        return self.layer(x) if self.kind == "twice" else x
-
-
-class Second(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.layer = Block(kind)
-        self.norm = nn.RMSNorm(DIM)
-        self.output = nn.Linear(DIM, VOCAB, bias=False)
-        self.calls_layer = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.calls_layer:
-            x = self.layer(x)
-        return self.output(self.norm(x))
-
-
-class Model(nn.Module):
-    """tokens (batch, sequence) -> logits (batch, sequence, VOCAB), in two parts of a block each."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.first, self.second = First(kind), Second(kind)
-        with torch.no_grad():
-            self.first.embedding.weight.mul_(0.1)  # tied, it makes the logits too
-        if kind == "tied":
-            self.second.output.weight = self.first.embedding.weight
-        if kind == "frozen":
-            self.first.layer.w1.requires_grad_(False)
-            self.second.layer.mix.requires_grad_(False)
-        if kind == "lora":
-            self.first.layer.mix.requires_grad_(False)
-            self.second.layer.mix.requires_grad_(False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(tokens))
 
 
 def _to_float8(module: nn.Module, fqn: str) -> bool:
@@ -222,6 +147,7 @@ def _prefetch(model: Model, case: Case) -> None:
     if case["parts"] == "two":
         for root in (model.first, model.second):
             root.set_modules_to_forward_prefetch([root.layer])
+            root.set_modules_to_backward_prefetch([root.layer])
         return
     model.first.layer.set_modules_to_forward_prefetch([model.second.layer])
     model.second.layer.set_modules_to_backward_prefetch([model.first.layer])
@@ -237,12 +163,12 @@ def optimizers_of(named: dict[str, nn.Parameter], case: Case) -> list[torch.opti
     trained = {name_of(name): param for name, param in named.items() if param.requires_grad}
     kind = case["optimizer"]
     if kind not in SLOW:
-        return [_optimizer(list(trained.values()), kind)]
+        return [optimizer_of(list(trained.values()), kind)]
     alone = trained.pop(SLOWLY_TRAINED)
-    return [_optimizer([alone], kind), _optimizer(list(trained.values()), "foreach")]
+    return [optimizer_of([alone], kind), optimizer_of(list(trained.values()), "foreach")]
 
 
-def _optimizer(trained: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
+def optimizer_of(trained: list[nn.Parameter], kind: str) -> torch.optim.Optimizer:
     match kind:
         case "SGD":
             return torch.optim.SGD(trained, lr=10 * LEARNING_RATE, momentum=0.9)
@@ -270,17 +196,19 @@ def take_step(optimizers: list[torch.optim.Optimizer], case: Case, compiled: boo
         other.zero_grad()
 
 
-def _clip(model: nn.Module) -> None:
-    """`clip_grad_norm_`, which takes parameters on one mesh only."""
+def _clip(model: nn.Module, case: Case) -> float:
+    """`clip_grad_norm_`; or what it does by its parts, where tensor parallelism has put some of the
+    parameters on another mesh, as it takes those of one. Returns the norm before.
+    """
+    if "tp" not in case["mesh"]:
+        total = nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        return full(total).item()
     params = [param for param in model.parameters() if param.grad is not None]
-    norms = [nn.utils.get_total_norm([param.grad]) for param in params]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.stack([norm.float().to(DEVICE) for norm in whole]).norm()
+    norms = [full(nn.utils.get_total_norm([param.grad])).float() for param in params]
+    total = torch.stack(norms).norm()
     for param in params:
-        nn.utils.clip_grads_with_norm_([param], MAX_NORM, total)
-
-
-MAX_NORM = 0.05
+        nn.utils.clip_grads_with_norm_([param], MAX_NORM, total.to(param.grad.device))
+    return total.item()
 
 
 def name_of(name: str) -> str:
@@ -296,6 +224,10 @@ class Step:
     before: dict[str, torch.Tensor] = field(default_factory=dict)
     after: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    norm: float | None = None  # of all gradients, before they were clipped
+    arrived: dict[str, str] = field(default_factory=dict)  # types of unsharded float8 weights
+    computed: list[str] = field(default_factory=list)  # whose scales a gather had to compute
+    shard: tuple[torch.Tensor, ...] = ()  # for 8 bits, of one weight: before, gradient, after
 
 
 def microbatches(case: Case) -> int:
@@ -331,44 +263,112 @@ def run(case: Case) -> list[Step]:
     optimizers = optimizers_of(dict(model.named_parameters()), case)
     if case["precompute"] == "hook":
         fp8dist.register_precompute_hook(optimizers[-1], parts)
-    tp = tensor_parallel(case)
-    rank, ranks = dist.get_rank() // tp, dist.get_world_size() // tp
+    if case["precompute"] == "call":
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(parts)
     steps = []
     for number in range(steps_of(case)):
-        step = Step(before=_values(model))
         model.second.calls_layer = calls_layer(case, number)
-        for microbatch in range(microbatches(case)):
-            last = microbatch == microbatches(case) - 1
-            for part in parts:
-                part.set_requires_gradient_sync(last or case["accumulation"] == "with sync")
-            if case["unshard"] == "async_op" and number > 0:
-                handles = [root.unshard(async_op=True) for root in parts]
-                handles[0].wait()
-            loss = loss_of(model, batch_for(number, microbatch, rank, ranks))
-            loss.backward()
-            step.losses.append(loss.item())
-        if case["clipping"] == "by norm":
-            _clip(model)
-        step.gradients = {
-            name_of(name): full(param.grad)
-            for name, param in model.named_parameters()
-            if param.grad is not None
-        }
-        take_step(optimizers, case)
-        if case["precompute"] == "call":
-            fp8dist.precompute_float8_dynamic_scale_for_fsdp(parts)
-        if case["evaluation"] != "none":
-            with evaluating(model, case):
-                step.evaluation = loss_of(model, batch_for(number, 9, rank, ranks)).item()
-            for module in model.modules():  # where forward does not, as FSDP2's users must
-                if case["reshard"] == "after backward" and hasattr(module, "reshard"):
-                    module.reshard()
-        step.after = _values(model)
-        steps.append(step)
+        with scales_computed_at_gathers() as computed:
+            steps.append(_step(model, parts, optimizers, case, number))
+        steps[-1].computed = computed
     if dist.get_rank() > 0:
         for step in steps:
             step.before, step.after, step.gradients = {}, {}, {}
     return steps
+
+
+def _step(
+    model: Model,
+    parts: list[Any],
+    optimizers: list[torch.optim.Optimizer],
+    case: Case,
+    number: int,
+) -> Step:
+    tp = tensor_parallel(case)
+    rank, ranks = dist.get_rank() // tp, dist.get_world_size() // tp
+    step = Step(before=_values(model))
+    for microbatch in range(microbatches(case)):
+        last = microbatch == microbatches(case) - 1
+        for part in parts:
+            part.set_requires_gradient_sync(last or case["accumulation"] == "with sync")
+        if case["unshard"] == "async_op" and number > 0:
+            handles = [group.unshard(async_op=True) for group in _groups(model, called=True)]
+            handles[0].wait()  # forward waits for the others
+        loss = loss_of(model, batch_for(number, microbatch, rank, ranks))
+        loss.backward()
+        step.losses.append(loss.item())
+    if case["clipping"] == "by norm":
+        step.norm = _clip(model, case)
+    step.gradients = {
+        name_of(name): full(param.grad)
+        for name, param in model.named_parameters()
+        if param.grad is not None
+    }
+    step.arrived = _arrived(model)
+    slow = optimizers[0].param_groups[0]["params"][0] if case["optimizer"] == "8 bits" else None
+    if slow is not None:
+        step.shard = (_local(slow), _local(slow.grad))
+    take_step(optimizers, case)
+    if slow is not None:
+        step.shard += (_local(slow),)
+    if case["precompute"] == "call":
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(parts)
+    if case["evaluation"] != "none":
+        with evaluating(model, case):
+            step.evaluation = loss_of(model, batch_for(number, 9, rank, ranks)).item()
+        for group in _groups(model):  # where forward does not, as FSDP2's users must
+            if case["reshard"] == "after backward":
+                group.reshard()
+    step.after = _values(model)
+    return step
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    """A copy of this rank's shard, on the CPU, with no subclass."""
+    local = tensor.to_local().detach()
+    return getattr(local, "_tensor", local).cpu().clone()
+
+
+def _groups(model: Model, called: bool = False) -> list[Any]:
+    """The modules that FSDP2 gathers the parameters of; or those of them that a forward calls."""
+    left_out = set(model.second.layer.modules()) if called and not model.second.calls_layer else ()
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and module not in left_out
+    ]
+
+
+def _arrived(model: Model) -> dict[str, str]:
+    """The types of float8 layers' weights, unsharded."""
+    for group in _groups(model):
+        group.unshard()
+    types = {}
+    for name, module in model.named_modules():
+        if isinstance(module, fp8dist.Float8Linear):
+            weight = module.weight
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            types[name_of(name)] = type(local).__name__
+    for group in _groups(model):
+        group.reshard()
+    return types
+
+
+@contextmanager
+def scales_computed_at_gathers() -> Iterator[list[str]]:
+    """Collects the names of weights whose scales are computed where they are gathered, each with
+    a collective of its own, as they were edited with no precompute after."""
+    original, names = sharded_weight.update_scales, []
+
+    def update_scales(states: list[Any], *args: Any) -> None:
+        names.extend(state.fqn for state in states)
+        original(states, *args)
+
+    sharded_weight.update_scales = update_scales
+    try:
+        yield names
+    finally:
+        sharded_weight.update_scales = original
 
 
 def _values(model: nn.Module) -> dict[str, torch.Tensor]:

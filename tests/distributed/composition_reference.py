@@ -3,15 +3,18 @@
 import copy
 
 import torch
+import torch.nn as nn
 
 import fp8dist
 from tests.distributed.composition import (
     MAX_NORM,
+    SLOWLY_TRAINED,
     Step,
     batch_for,
     calls_layer,
     converted,
     microbatches,
+    optimizer_of,
     optimizers_of,
     take_step,
     tensor_parallel,
@@ -34,10 +37,13 @@ class Reference:
         self.ranks = world_of(case) // tensor_parallel(case)
         self.model = converted(case, DEVICE)
         # An offloaded weight is trained on the CPU, which rounds otherwise than a GPU.
-        trained_on = DEVICE if case["offload"] == "none" else "cpu"
-        self.stepped = copy.deepcopy(dict(self.model.to(trained_on).named_parameters()))
+        self.trained_on = DEVICE if case["offload"] == "none" else "cpu"
+        self.stepped = copy.deepcopy(dict(self.model.to(self.trained_on).named_parameters()))
         self.model.to(DEVICE)
         self.optimizers = optimizers_of(self.stepped, case)
+        self.shards: list[nn.Parameter] = []  # see `shards_after`
+        if case["optimizer"] == "8 bits":
+            del self.stepped[SLOWLY_TRAINED], self.optimizers[0]
         if "shards" in case["dtype"]:
             # FSDP2 gathers these in bfloat16; float8 weights are cast from float32.
             for module in self.model.modules():
@@ -54,8 +60,9 @@ class Reference:
 
     def losses_and_gradients(
         self, number: int, values: dict[str, torch.Tensor]
-    ) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-        """Losses by rank and microbatch; gradients averaged over ranks, in float32."""
+    ) -> tuple[list[list[float]], dict[str, torch.Tensor], float]:
+        """Losses by rank and microbatch; gradients averaged over ranks, in float32, and their norm
+        before they were clipped."""
         self.set_weights(values)
         self.model.second.calls_layer = calls_layer(self.case, number)
         losses: list[list[float]] = []
@@ -72,11 +79,10 @@ class Reference:
                         sums[name] = sums[name] + grad if name in sums else grad
                         param.grad = None
         gradients = {name: grad / self.ranks for name, grad in sums.items()}
+        norm = torch.stack([grad.norm() for grad in gradients.values()]).norm().item()
         if self.case["clipping"] == "by norm":
-            total = torch.stack([grad.norm() for grad in gradients.values()]).norm()
-            factor = (MAX_NORM / (total + 1e-6)).clamp(max=1.0)
-            gradients = {name: grad * factor for name, grad in gradients.items()}
-        return losses, gradients
+            gradients = {name: grad * (MAX_NORM / norm) for name, grad in gradients.items()}
+        return losses, gradients, norm
 
     def evaluation(self, number: int, values: dict[str, torch.Tensor]) -> list[float]:
         """Losses by rank."""
@@ -96,3 +102,20 @@ class Reference:
                 param.grad = None if grad is None else grad.to(param.device)
         take_step(self.optimizers, self.case, compiled=False)
         return {name: full(param) for name, param in self.stepped.items()}
+
+    def shards_after(self, by_rank: list[Step]) -> list[torch.Tensor]:
+        """What the 8-bit optimizer makes of each rank's shard: its states are rounded in blocks of
+        256 elements as they lie there, which are other blocks in the whole weight.
+        """
+        if not self.shards:
+            self.shards = [
+                nn.Parameter(step.shard[0].to(self.trained_on).clone()) for step in by_rank
+            ]
+            self.optimizer_of_shards = optimizer_of(self.shards, "8 bits")
+        with torch.no_grad():
+            for mine, step in zip(self.shards, by_rank, strict=True):
+                before, gradient, _ = step.shard
+                mine.copy_(before)
+                mine.grad = gradient.to(self.trained_on)
+        take_step([self.optimizer_of_shards], self.case)
+        return [full(shard) for shard in self.shards]
