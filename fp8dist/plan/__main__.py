@@ -1,6 +1,7 @@
 """`python -m fp8dist.plan [--section.key value ...]`: a job's bytes, memory and break-even."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,4 +207,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nothing to say when `| head` has enough
     main()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 from fp8dist.train.noise import quiet
@@ -44,6 +45,7 @@ def main() -> None:
     set_up_logging()
     arguments = [argument for argument in sys.argv[1:] if argument != COMPARE]
     if {"--help", "-h"}.intersection(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nothing to say when `| head` has enough
         print(COMPARE_HELP)
     job, error = JobConfig(), None
     try:
