@@ -4,7 +4,8 @@
 #   CONFIG_FILE   the job's TOML, from here or from the repository's root
 #                 (default: scripts/configs/debugmodel.toml)
 #   NGPU          ranks on this node (default: one per visible GPU; without GPUs 2, on the CPU)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several nodes; run this on each of them
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several nodes; run this on each of them.
+#                 NNODES may be a range, 1:2, for a job that goes on without a node that is gone
 #   MAX_RESTARTS  how often ranks are started again after one has died (default: 0); with
 #                 --checkpoint.enable they go on from the last checkpoint
 set -euo pipefail
@@ -34,12 +35,14 @@ nodes=${NNODES:-1}
 node=${NODE_RANK:-0}
 restarts=${MAX_RESTARTS:-0}
 [[ $restarts =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$restarts: a number is needed."
-for pair in "NGPU=$ranks" "NNODES=$nodes"; do
-  [[ ${pair#*=} =~ ^[1-9][0-9]*$ ]] || die "$pair: a positive number is needed."
-done
-[[ $node =~ ^[0-9]+$ ]] && ((node < nodes)) || die "NODE_RANK=$node: 0 to $((nodes - 1)) is needed."
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NGPU=$ranks: a positive number is needed."
+fewest=${nodes%:*}
+most=${nodes#*:}
+[[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] && ((fewest <= most)) ||
+  die "NNODES=$nodes: a positive number is needed, or the fewest and the most, as in 1:2."
+[[ $node =~ ^[0-9]+$ ]] && ((node < most)) || die "NODE_RANK=$node: 0 to $((most - 1)) is needed."
 # One node alone meets on a port that is free, several on one that all of them know.
-if ((nodes == 1)); then
+if ((most == 1)); then
   host=localhost
   port=${MASTER_PORT:-0}
 else

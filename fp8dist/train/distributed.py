@@ -1,5 +1,6 @@
 """The process group, and facts that one rank alone can see."""
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from fp8dist.train.config import JobConfig
 
 T = TypeVar("T")
+logger = logging.getLogger("fp8dist")
 
 
 def init_distributed(job: JobConfig) -> torch.device:
@@ -32,6 +34,12 @@ def init_distributed(job: JobConfig) -> torch.device:
                 # these would be called. (Of several machines each counts its own restarts.)
                 attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(f"attempt {attempt}", store)
+            elif shares_store_across_restarts():
+                logger.warning(
+                    "Ranks that torchrun starts again will fail once more, and may not find each "
+                    "other when a machine is gone: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on "
+                    "every node, before torchrun"
+                )
         else:
             store, rank, world = dist.HashStore(), 0, 1
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -49,6 +57,20 @@ def init_distributed(job: JobConfig) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def shares_store_across_restarts() -> bool:
+    """Whether torchrun, on several machines, will hand restarted ranks the store of those before.
+
+    The store then lives on one machine, and every torchrun keeps its address, also when that
+    machine is gone (torch 2.13, `DynamicRendezvousHandler.next_rendezvous`): no name within the
+    store, agreed on by the new ranks, would be enough.
+    """
+    return (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    )
 
 
 def choose_device(gpus: int, local_rank: int, local_world: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -78,11 +79,28 @@ def test_mistyped_flag_is_refused() -> None:
     assert "training.steps" in printed
 
 
+def test_help_ends_in_silence_when_its_reader_has_enough() -> None:
+    """`--help | head`: more is printed than a pipe nobody reads from takes."""
+    process = start("--help")
+    assert process.stdout is not None
+    printed = process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(EXIT_LIMIT) == -signal.SIGPIPE
+    assert printed.startswith("--compare: ")
+
+
 def test_node_without_address_is_refused() -> None:
     process = start(NNODES="2")
     printed = finish(process)
     assert process.returncode != 0
     assert "MASTER_ADDR" in printed
+
+
+def test_range_of_nodes_that_is_none_is_refused() -> None:
+    process = start(NNODES="3:2", MASTER_ADDR="127.0.0.1")
+    printed = finish(process)
+    assert process.returncode != 0
+    assert "NNODES=3:2: a positive number is needed, or the fewest and the most" in printed
 
 
 def test_restarts_that_are_no_number_are_refused() -> None:

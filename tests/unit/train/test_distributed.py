@@ -31,6 +31,37 @@ def test_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             init_distributed(JobConfig())
 
 
+@pytest.mark.parametrize(
+    ("changed", "warned"),
+    [
+        ({}, True),
+        ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, False),
+        ({"GROUP_WORLD_SIZE": "1"}, False),  # the store's names differ by attempt then
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
+    ],
+)
+def test_restarts_of_several_nodes_want_a_variable(
+    changed: dict[str, str],
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    of_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2"}
+    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    of_torchrun |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    if changed.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+        del store  # this rank makes one
+    for name, value in (of_torchrun | changed).items():
+        monkeypatch.setenv(name, value)
+    init_distributed(JobConfig())
+    dist.destroy_process_group()
+    assert ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warned
+
+
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
