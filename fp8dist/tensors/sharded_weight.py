@@ -5,6 +5,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -122,16 +123,18 @@ class Float8ShardedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            tensor.size(),
-            strides=tensor.stride(),
-            storage_offset=tensor.storage_offset(),
-            dtype=tensor.dtype,
-            layout=tensor.layout,
-            device=tensor.device,
-            requires_grad=tensor.requires_grad,
-        )
+        trained = torch.is_inference_mode_enabled() and not tensor.is_inference()
+        with torch.inference_mode(False) if trained else nullcontext():  # as a plain view would be
+            self = torch.Tensor._make_wrapper_subclass(
+                cls,
+                tensor.size(),
+                strides=tensor.stride(),
+                storage_offset=tensor.storage_offset(),
+                dtype=tensor.dtype,
+                layout=tensor.layout,
+                device=tensor.device,
+                requires_grad=tensor.requires_grad,
+            )
         self._tensor = tensor
         self._edits = edits or Edits()
         return self
@@ -150,7 +153,9 @@ class Float8ShardedWeight(torch.Tensor):
         inner_args, inner_kwargs = pytree.tree_map_only(
             cls, lambda tensor: tensor._tensor, (args, kwargs)
         )
-        out = func(*inner_args, **inner_kwargs)
+        # FSDP2's lazy initialisation, which moves short ranks' shards, may be in inference mode.
+        with torch.inference_mode(False) if func in _MOVE_OPS else nullcontext():
+            out = func(*inner_args, **inner_kwargs)
         if _is_view(func):
             views = _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
             if func is aten.detach.default:
@@ -264,6 +269,7 @@ class Float8ShardedWeight(torch.Tensor):
             raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
         if state.seen is None:
             check_reshard(state.root())
+        state.check_buffer()
         state.set_gathered(True)
         _make_current(state, param)
         if state.shard_now(param).size != matrix_size(outer_size):

@@ -126,6 +126,7 @@ class WeightState:
         # Whether FSDP2 gathers the weight; otherwise it is over tensor parallelism alone. None
         # until something uses the weight or can tell.
         self.gathered: bool | None = None
+        self.first_gathered_in_inference: bool | None = None
         self.seen: Seen | None = None
         self.taken = False  # by a state dict, since the scales were computed
         # One tensor per `reduced_blocks`, in storages of their own: compiled graphs hold on to
@@ -160,6 +161,23 @@ class WeightState:
             self.seen = self.scales = self.shard = self.payload = None
             self.payload_is_current = False
 
+    def check_buffer(self) -> None:
+        """Refuse to train with a weight that was first gathered in inference mode.
+
+        Raises:
+            ValueError: on all ranks.
+        """
+        inference = torch.is_inference_mode_enabled()
+        if self.first_gathered_in_inference is None:
+            self.first_gathered_in_inference = inference
+        elif self.first_gathered_in_inference and not inference:
+            raise ValueError(
+                f"{self.fqn} was first gathered inside torch.inference_mode, in a buffer that "
+                "FSDP2 keeps and cannot write to outside of it: build the model again, and let "
+                "its first forward be a training step or one under torch.no_grad(); "
+                "inference_mode works after that"
+            )
+
     def current_payload(self, data: torch.Tensor, param: DTensor) -> torch.Tensor:
         """The bytes this rank contributes, cast if the cached ones are not current.
 
@@ -189,6 +207,7 @@ class WeightState:
         return moved
 
 
+@torch.inference_mode(False)  # what is made here is written to in training
 def update_scales(
     states: list[WeightState], params: list[DTensor], groups: Groups | None = None
 ) -> None:
@@ -232,6 +251,7 @@ def _take_scales(states: list[WeightState], scales: list[list[tuple[torch.Tensor
             torch._foreach_copy_(targets, sources)
 
 
+@torch.inference_mode(False)
 def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> list[torch.Tensor]:
     """Cast the payloads of shards, into those that their states keep if they do."""
     payloads, scales = [], []
