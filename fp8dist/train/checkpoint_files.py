@@ -8,7 +8,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 # What torch's metadata files are made of. Anything else that a pickle names could run code.
@@ -63,12 +67,38 @@ class SafePlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, again)
 
 
+class _Target(torch.Tensor):
+    """Where torch's reader copies an entry to, which would convert any dtype silently."""
+
+    entry: str
+
+    def detach(self) -> "_Target":
+        return self
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> "_Target":
+        if source.dtype != self.dtype:
+            raise ValueError(f"{self.entry} is {source.dtype}, its metadata says {self.dtype}")
+        super().copy_(source)
+        return self
+
+
 class Rehearsal(SafePlanner):
     """Reads every tensor that this rank would load, and drops it."""
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        dtype = self.lookup_tensor(read_item.dest_index).dtype
-        return torch.empty(tuple(read_item.lengths), dtype=dtype)
+        name = read_item.storage_index.fqn
+        if self.metadata is None:
+            raise AssertionError("a tensor is read before the metadata")
+        entry = self.metadata.state_dict_metadata[name]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{name} is no tensor")
+        saved = entry.properties.dtype
+        wanted = self.lookup_tensor(read_item.dest_index).dtype
+        if saved.is_floating_point != wanted.is_floating_point:
+            raise ValueError(f"{name} is {saved}, which cannot be loaded as {wanted}")
+        target = torch.empty(tuple(read_item.lengths), dtype=saved).as_subclass(_Target)
+        target.entry = name
+        return target
 
 
 def check_files(folder: Path, metadata: Metadata) -> None:

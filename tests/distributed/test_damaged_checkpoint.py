@@ -123,6 +123,20 @@ def tensor_of_another_shape(folder: Path, marker: Path) -> None:
     put(folder, WEIGHT, torch.zeros(3, 5))
 
 
+def tensor_of_another_dtype(folder: Path, marker: Path) -> None:
+    chunk = metadata_of(folder).state_dict_metadata[WEIGHT].chunks[0]
+    put(folder, WEIGHT, torch.ones(chunk.sizes, dtype=torch.int64))
+
+
+def entry_of_another_dtype(folder: Path, marker: Path) -> None:
+    tensor_of_another_dtype(folder, marker)
+    metadata = metadata_of(folder)
+    entry = metadata.state_dict_metadata[WEIGHT]
+    properties = replace(entry.properties, dtype=torch.int64)
+    metadata.state_dict_metadata[WEIGHT] = replace(entry, properties=properties)
+    write_metadata(folder, metadata)
+
+
 def another_model(folder: Path, marker: Path) -> None:
     metadata = metadata_of(folder)
     entry = metadata.state_dict_metadata[WEIGHT]
@@ -146,6 +160,8 @@ DAMAGES: list[Damage] = [
     hostile_number,
     progress_of_another_kind,
     tensor_of_another_shape,
+    tensor_of_another_dtype,
+    entry_of_another_dtype,
     another_model,
 ]
 
@@ -199,6 +215,8 @@ def test_it_is_refused(damage: Damage, saved: tuple[Path, list[str]], tmp_path: 
     assert first == second
     assert str(folder) in first
     assert "cannot be read" in first or "is of another model" in first
+    if "dtype" in damage.__name__:
+        assert f"{WEIGHT} is torch.int64" in first
     assert not marker.exists()
 
 
