@@ -20,6 +20,7 @@ fp8dist.register_precompute_hook(optimizer, model)
   `precompute_float8_dynamic_scale_for_fsdp`.
 - Tensor parallelism: `Float8ColwiseParallel`, `Float8RowwiseParallel`, `PrepareFloat8ModuleInput`.
 - Inference: `export_float8` writes the bytes that are gathered as safetensors.
+- Faults: `detect_non_finite` names the module where the first NaN or Inf of a step comes from.
 
 Shapes are input (M, K), weight (N, K) and output (M, N), where M counts tokens, K is `in_features`
 and N `out_features`. High precision is the dtype that is trained in: float32, bfloat16 or float16.
@@ -36,6 +37,7 @@ from fp8dist.convert_moe import convert_moe_to_float8_training
 from fp8dist.export import export_float8
 from fp8dist.fsdp import precompute_float8_dynamic_scale_for_fsdp, register_precompute_hook
 from fp8dist.linear import Float8Linear
+from fp8dist.non_finite import detect_non_finite
 from fp8dist.tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
@@ -67,6 +69,7 @@ __all__ = [
     "ScalingType",
     "convert_moe_to_float8_training",
     "convert_to_float8_training",
+    "detect_non_finite",
     "export_float8",
     "float8_module_filter",
     "precompute_float8_dynamic_scale_for_fsdp",

@@ -16,6 +16,7 @@ LAYERS = [
     "grouped_numerics",
     "hardware",
     "tracing",
+    "non_finite",
     "async_tp",
     "kernels",
     "matmul",
