@@ -1,7 +1,7 @@
 """A quick set of the random cases; `scripts/fuzz.py` runs as many as wanted."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from tests.distributed import fuzz
 from tests.distributed.fuzz import FuzzCase, cases, failure_of
@@ -21,6 +21,8 @@ pytestmark = [
     suppress_health_check=list(HealthCheck),
 )
 @given(case=cases())
+# Its backward operand is not what high precision would be cast to.
+@example(case=FuzzCase("rowwise", sizes=(73, 10, 3, 3), tokens=6, bias=True, exponent=3))
 def test_random_cases(case: FuzzCase) -> None:
     # A failure shrinks to a case that can be pasted: scripts/fuzz.py --case "FuzzCase(...)"
     assert failure_of(case) is None
