@@ -28,12 +28,13 @@ from tests.distributed.harness import DEVICE, UNDER_TORCHRUN, run_on_ranks
 from tests.distributed.wire import Collective, _Recorder
 
 SMALL = (
-    "--model.flavor=debugmodel:2",
+    "--model.flavor=debugmodel:1",
     "--training.seq_len=32",
     "--training.local_batch_size=1",
     "--quantize.linear.float8.filter_fqns=output",
 )
-MOE = (*SMALL[1:], "--model.flavor=debugmoe:2", "--training.mixed_precision_param=float32")
+TWO_LAYERS = (*SMALL[1:], "--model.flavor=debugmodel:2")
+MOE = (*SMALL[1:], "--model.flavor=debugmoe:1", "--training.mixed_precision_param=float32")
 TP = (*SMALL, "--parallelism.tensor_parallel_degree=2")
 HSDP = (*SMALL, "--parallelism.data_parallel_replicate_degree=2")
 TWICE = "--training.global_batch_size=4"  # by 2 data-parallel ranks: 2 microbatches
@@ -44,7 +45,7 @@ BASE = "high precision"
 # (ranks, arguments, recipe)
 CASES = [
     (2, (*SMALL, TWICE), BASE),
-    (2, (*SMALL, TWICE), "tensorwise"),
+    (2, (*TWO_LAYERS, TWICE), "tensorwise"),
     (2, SMALL, "blockwise"),
     (2, SMALL, "mxfp8_rceil"),
     (2, (*SMALL, NEVER, "--training.dtype=bfloat16"), "rowwise"),
@@ -197,7 +198,7 @@ def test_real_ranks_move_and_hold_the_bytes_of_the_plan(
 @pytest.mark.skipif(DEVICE != "cpu", reason="another device frees buffers when it gets there")
 @pytest.mark.parametrize(
     ("arguments", "recipe"),
-    [(SMALL, BASE), (SMALL, "mxfp8_rceil"), ((*SMALL, NEVER, FULL), "tensorwise")],
+    [(TWO_LAYERS, BASE), (SMALL, "mxfp8_rceil"), ((*TWO_LAYERS, NEVER, FULL), "tensorwise")],
     ids=name_of,
 )
 def test_tensors_without_contents_are_as_large_as_those_with_them(

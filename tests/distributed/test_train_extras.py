@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fp8dist.train.checkpoint import Checkpointer
 from fp8dist.train.config import parse_config
@@ -31,10 +33,30 @@ TRAINED = ("losses", "grad_norms", "gathered_bytes")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict:  # noqa: F811
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plain")
+
+
+@pytest.fixture(scope="module")
+def plain(plain_folder: Path, text: Path) -> dict:  # noqa: F811
     """The record that nothing here may change."""
-    record, _ = run_on_ranks(2, train, arguments(tmp_path_factory.mktemp("plain"), text, FLOAT8))
+    argv = arguments(plain_folder, text, FLOAT8, "--checkpoint.enable", "--checkpoint.interval=2")
+    record, _ = run_on_ranks(2, train, argv)
     return record
+
+
+@pytest.fixture(scope="module")
+def watched_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("watched")
+
+
+@pytest.fixture(scope="module")
+def watched(watched_folder: Path, text: Path) -> list[tuple[dict, bool]]:  # noqa: F811
+    """By rank, the record of a run with validation and traces, and what `train_and_look` saw."""
+    flags = [*VALIDATION, f"--validation.dataset_path={text}", "--metrics.enable_tensorboard"]
+    flags += ["--profiling.enable_profiling", "--profiling.profile_freq=3"]
+    flags += ["--profiling.profiler_warmup=1", "--profiling.save_traces_folder=traces"]
+    return run_on_ranks(2, train_and_look, arguments(watched_folder, text, FLOAT8, *flags))
 
 
 def train_and_look(argv: list[str]) -> tuple[dict, bool]:
@@ -46,33 +68,41 @@ def train_and_look(argv: list[str]) -> tuple[dict, bool]:
     return record, all(module.training for module in trainer.model.modules())
 
 
-def test_validation_changes_no_step(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
-    flags = [*VALIDATION, f"--validation.dataset_path={text}", "--metrics.enable_tensorboard"]
-    argv = arguments(tmp_path, text, FLOAT8, *flags)
-    record, other = run_on_ranks(2, train, argv)
+def test_validation_and_traces_change_no_step(
+    watched: list[tuple[dict, bool]], plain: dict
+) -> None:
+    (record, is_training), _ = watched
     for name in TRAINED:
         assert record[name] == plain[name], name
+    assert is_training
+
+
+def test_validation_losses_are_recorded(
+    watched: list[tuple[dict, bool]], watched_folder: Path
+) -> None:
+    (record, _), (other, _) = watched
     assert record["validation_steps"] == [4, STEPS]
     assert record["validation_losses"] == other["validation_losses"]
-    assert (
-        json.loads((tmp_path / "run.json").read_text())["validation_losses"]
-        == (record["validation_losses"])
-    )
+    saved = json.loads((watched_folder / "run.json").read_text())
+    assert saved["validation_losses"] == record["validation_losses"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("validation_loss")
+    board = EventAccumulator(str(watched_folder / "tb")).Reload()
+    events = board.Scalars("validation_loss")
     assert [event.step for event in events] == [4, STEPS]
     # float32, as TensorBoard keeps it.
     assert [event.value for event in events] == pytest.approx(record["validation_losses"], rel=1e-6)
 
-    # One rank that takes both ranks' sequences finds the same: with scales of whole weights and of
-    # each forward's activations, which are others here, so to float8's rounding.
-    alone = [*flags, "--validation.local_batch_size=4", "--training.steps=1"]
-    [single] = run_on_ranks(1, train, arguments(tmp_path / "1", text, FLOAT8, *alone))
-    (pair, is_training), _ = run_on_ranks(
-        2, train_and_look, arguments(tmp_path / "2", text, FLOAT8, *flags, "--training.steps=1")
-    )
-    assert is_training
+
+def test_one_rank_that_takes_all_sequences_has_the_validation_loss(
+    tmp_path: Path,
+    text: Path,  # noqa: F811
+) -> None:
+    """To float8's rounding: scales of each forward's activations are others."""
+    flags = [*VALIDATION, f"--validation.dataset_path={text}", "--training.steps=1"]
+    alone = arguments(tmp_path / "1", text, FLOAT8, *flags, "--validation.local_batch_size=4")
+    [single] = run_on_ranks(1, train, alone)
+    pair, _ = run_on_ranks(2, train, arguments(tmp_path / "2", text, FLOAT8, *flags))
     assert single["validation_losses"] == pytest.approx(pair["validation_losses"], rel=1e-3)
 
 
@@ -88,17 +118,14 @@ def test_validation_that_cannot_be_is_refused(tmp_path: Path, text: Path) -> Non
         assert "which needs validation.dataset_path" in message
 
 
-def test_traces_of_every_rank(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
-    flags = ["--profiling.enable_profiling", "--profiling.profile_freq=3"]
-    flags += ["--profiling.profiler_warmup=1", "--profiling.save_traces_folder=traces"]
-    record, _ = run_on_ranks(2, train, arguments(tmp_path, text, FLOAT8, *flags))
-    for name in TRAINED:
-        assert record[name] == plain[name], name
-    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("traces/*/*"))
+def test_traces_of_every_rank(watched: list[tuple[dict, bool]], watched_folder: Path) -> None:
+    files = sorted(
+        str(path.relative_to(watched_folder)) for path in watched_folder.glob("traces/*/*")
+    )
     assert files == [
         f"traces/iteration_{step}/rank{rank}_trace.json" for step in (3, 6) for rank in (0, 1)
     ]
-    events = json.loads((tmp_path / files[0]).read_text())["traceEvents"]
+    events = json.loads((watched_folder / files[0]).read_text())["traceEvents"]
     names = {event.get("name") for event in events}
     # One step, the one that the name says, with a matmul and a collective in it.
     assert [name for name in names if re.match(r"ProfilerStep#", str(name))] == ["ProfilerStep#2"]
@@ -110,10 +137,11 @@ def test_traces_of_every_rank(tmp_path: Path, text: Path, plain: dict) -> None: 
 @pytest.mark.parametrize(
     "mode", ["async"] if DEVICE == "cpu" else ["async", "async_with_pinned_mem"]
 )
-def test_asynchronous_save_goes_on_bitwise(
+def test_asynchronous_saves_are_of_one_moment(
     tmp_path: Path,
     text: Path,  # noqa: F811
     plain: dict,
+    plain_folder: Path,
     mode: str,
 ) -> None:
     saving = ["--checkpoint.enable", "--checkpoint.interval=2", f"--checkpoint.async_mode={mode}"]
@@ -123,13 +151,24 @@ def test_asynchronous_save_goes_on_bitwise(
         assert whole[name] == plain[name], name
     checkpoints = tmp_path / "checkpoint"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-4", "step-6"]
-    # Each is of one moment: what is trained from it is what was trained before.
-    for step in (4, 2):
-        for later in range(step + 2, STEPS + 1, 2):
-            shutil.rmtree(checkpoints / f"step-{later}")
-        resumed, _ = run_on_ranks(2, train, argv)
-        for name in ("losses", "grad_norms"):
-            assert resumed[name] == plain[name], (step, name)
+    for path in sorted(checkpoints.iterdir()):
+        saved, expected = (
+            everything_in(folder / "checkpoint" / path.name) for folder in (tmp_path, plain_folder)
+        )
+        assert saved == expected, path.name
+
+
+def everything_in(checkpoint: Path) -> dict[str, object]:
+    """Name -> what is saved there, tensors as bytes."""
+    file = checkpoint.parent / "whole.pt"
+    dcp_to_torch_save(checkpoint, file)
+    state = torch.load(file, weights_only=False)
+    file.unlink()
+    leaves, _ = tree_flatten_with_path(state)
+    return {
+        keystr(path): leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf
+        for path, leaf in leaves
+    }
 
 
 def train_while_saves_are_slow(argv: list[str]) -> dict:

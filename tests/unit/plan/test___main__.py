@@ -12,7 +12,7 @@ from fp8dist.plan.figures import PURPOSES, Machine
 from fp8dist.plan.step import MEMORY
 
 SMALL = [
-    "--model.flavor=debugmodel:2",
+    "--model.flavor=debugmodel:1",
     "--training.seq_len=32",
     "--training.local_batch_size=1",
     "--quantize.linear.float8.filter_fqns=output",
