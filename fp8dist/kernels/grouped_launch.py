@@ -6,7 +6,7 @@ import torch
 
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
 from fp8dist.kernels import grouped_kernels as kernels
-from fp8dist.kernels.launch import FLOAT8_EXPONENT
+from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel
 
 CHUNK = GROUP_MULTIPLE
 # What was fastest on an H200: rows and columns that are taken at once.
@@ -30,63 +30,35 @@ def quantize_groups(
     chunks = m_padded // CHUNK
     new_ends = torch.empty_like(ends)
     first, end, group = torch.empty((3, chunks), dtype=torch.int32, device=device).unbind()
-    kernels.chunks_kernel[(_cdiv(chunks, 64),)](
-        ends,
-        new_ends,
-        first,
-        end,
-        group,
-        groups,
-        chunks,
-        CHUNK=CHUNK,
-        BG=max(16, 1 << (groups - 1).bit_length()),
-        BC=64,
+    launch_kernel(
+        kernels.chunks_kernel,
+        (_cdiv(chunks, 64), 1, 1),
+        (ends, new_ends, first, end, group),
+        (groups, chunks),
+        (CHUNK, max(16, 1 << (groups - 1).bit_length()), 64),
         num_warps=4,
     )
     amaxes = torch.zeros(m * rows + groups * n, dtype=torch.int32, device=device)
     row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
     bm, bn = _AMAX_TILE
-    kernels.group_amaxes_kernel[chunks, _cdiv(n, bn)](
-        x,
-        first,
-        end,
-        group,
-        row_amaxes,
-        column_amaxes,
-        n,
-        x.stride(0),
-        WANT_ROW=rows,
-        CHUNK=CHUNK,
-        BM=bm,
-        BN=bn,
+    launch_kernel(
+        kernels.group_amaxes_kernel,
+        (chunks, _cdiv(n, bn), 1),
+        (x, first, end, group, row_amaxes, column_amaxes),
+        (n, x.stride(0)),
+        (rows, CHUNK, bm, bn),
         num_warps=4,
     )
     data = torch.empty((m, n) if rows else (0, 0), dtype=float8_dtype, device=device)
     scale = torch.empty((2, m, 1) if rows else (0, 0), dtype=torch.float32, device=device)
     t_data = torch.empty((n, m_padded), dtype=float8_dtype, device=device)
     t_scale = torch.empty((2, groups, n), dtype=torch.float32, device=device)
-    kernels.quantize_groups_kernel[chunks, _cdiv(n, _CAST_COLUMNS)](
-        x,
-        first,
-        end,
-        group,
-        row_amaxes,
-        column_amaxes,
-        data,
-        scale,
-        t_data,
-        t_scale,
-        m,
-        n,
-        m_padded,
-        groups,
-        groups * n,
-        x.stride(0),
-        FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
-        FORMAT="power_of_2",
-        WANT_ROW=rows,
-        CHUNK=CHUNK,
-        BN=_CAST_COLUMNS,
+    launch_kernel(
+        kernels.quantize_groups_kernel,
+        (chunks, _cdiv(n, _CAST_COLUMNS), 1),
+        (x, first, end, group, row_amaxes, column_amaxes, data, scale, t_data, t_scale),
+        (m, n, m_padded, groups, groups * n, x.stride(0)),
+        (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, CHUNK, _CAST_COLUMNS),
         num_warps=4,
     )
     return data, scale, t_data, t_scale, new_ends
@@ -104,16 +76,12 @@ def transpose_each(
     """
     experts, n = data.size(0) // rows, data.size(1)
     out = torch.empty((experts * n, rows), dtype=data.dtype, device=data.device)
-    kernels.transpose_each_kernel[_cdiv(rows, 128), _cdiv(n, 128), experts](
-        data,
-        inverse.contiguous(),
-        new_scale.contiguous(),
-        out,
-        rows,
-        n,
-        data.stride(0),
-        BM=128,
-        BN=128,
+    launch_kernel(
+        kernels.transpose_each_kernel,
+        (_cdiv(rows, 128), _cdiv(n, 128), experts),
+        (data, inverse.contiguous(), new_scale.contiguous(), out),
+        (rows, n, data.stride(0)),
+        (128, 128),
         num_warps=4,
     )
     return out

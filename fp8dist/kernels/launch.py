@@ -3,7 +3,7 @@ the same bytes.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,37 @@ _WEIGHT_AMAX_TILE = (8, 1024, 16, 8)
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# [Note: launching]
+# Triton decides at every launch which compilation of a kernel fits the arguments, which takes the
+# CPU longer than the launch itself, and a step has hundreds. So what it decided is kept by all that
+# it looks at: dtypes, numbers, whether addresses are multiples of 16, and how it is compiled.
+
+_compiled: dict[Hashable, Any] = {}
+_MOST_COMPILED = 4096  # numbers of tokens that vary would fill it without end
+
+
+def launch_kernel(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[torch.Tensor],
+    numbers: tuple[int, ...],
+    constants: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """Launch a kernel on the current stream: its parameters are tensors, numbers and constants, in
+    this order. See [Note: launching]."""
+    kinds = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+    device = tensors[0].get_device()
+    key = (id(kernel), device, numbers, constants, kinds, *options.values())
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    if len(_compiled) >= _MOST_COMPILED:
+        _compiled.clear()
+    _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
 
 
 def quantize(
@@ -55,16 +86,12 @@ def quantize(
     x_stride = x.stride(0)
     by = "none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own"
     if kind == "row" and t_kind == "none":
-        kernels.quantize_rows_kernel[(m,)](
-            x,
-            data,
-            scale,
-            m,
-            n,
-            x_stride,
-            FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
-            FORMAT=scale_format,
-            BN=1024,
+        launch_kernel(
+            kernels.quantize_rows_kernel,
+            (m, 1, 1),
+            (x, data, scale),
+            (m, n, x_stride),
+            (FLOAT8_EXPONENT[float8_dtype], scale_format, 1024),
             num_warps=4,
         )
         return data, scale, t_data, t_scale
@@ -74,49 +101,36 @@ def quantize(
     elif amaxes > 0:
         amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
         bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
-        kernels.amax_kernel[_cdiv(m, bm * steps), _cdiv(n, bn)](
-            x,
-            x if x_inverse is None else x_inverse,
-            amax,
-            m,
-            n,
-            x_stride,
-            BY_ROW=by == "row",
-            WANT_ROW=kind == "row",
-            WANT_COLUMN=t_kind == "column",
-            WANT_TENSOR=kind == "tensor" or t_kind == "tensor",
-            BM=bm,
-            BN=bn,
-            STEPS=steps,
+        wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
+        launch_kernel(
+            kernels.amax_kernel,
+            (_cdiv(m, bm * steps), _cdiv(n, bn), 1),
+            (x, x if x_inverse is None else x_inverse, amax),
+            (m, n, x_stride),
+            (by == "row", *wanted, bm, bn, steps),
             num_warps=warps,
         )
     # Left alone, ptxas takes 156 registers for two orientations of blocks, and a multiprocessor has
     # those of one program only.
     registers = {"maxnreg": 128} if (a, b) == ((1, 128), (128, 1)) else {}
-    kernels.quantize_kernel[_cdiv(m_padded, 128), _cdiv(n, 128)](
-        x,
-        x if x_inverse is None else x_inverse,
-        amax,
-        data,
-        scale,
-        t_data,
-        t_scale,
-        m,
-        n,
-        m_padded,
-        x_stride,
-        *((1, 1) if x_inverse is None else x_inverse.stride()),
-        FLOAT8_EXPONENT=FLOAT8_EXPONENT[float8_dtype],
-        FORMAT=scale_format,
-        X_INVERSE=by,
-        X_BLOCK=1 if x_inverse is None else n // x_inverse.size(1),
-        KIND=kind,
-        BLOCK=a[1] if a is not None and kind == "own" else 1,
-        T_KIND=t_kind,
-        T_BLOCK=b[0] if b is not None and t_kind == "own" else 1,
-        T_GIVEN=given,
-        BM=128,
-        BN=128,
+    launch_kernel(
+        kernels.quantize_kernel,
+        (_cdiv(m_padded, 128), _cdiv(n, 128), 1),
+        (x, x if x_inverse is None else x_inverse, amax, data, scale, t_data, t_scale),
+        (m, n, m_padded, x_stride, *((1, 1) if x_inverse is None else x_inverse.stride())),
+        (
+            FLOAT8_EXPONENT[float8_dtype],
+            scale_format,
+            by,
+            1 if x_inverse is None else n // x_inverse.size(1),
+            kind,
+            a[1] if a is not None and kind == "own" else 1,
+            t_kind,
+            b[0] if b is not None and t_kind == "own" else 1,
+            given,
+            128,
+            128,
+        ),
         num_warps=4 if given else 8,
         **registers,
     )
@@ -127,8 +141,13 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     """(M, N) bytes, copied as (N, M)."""
     m, n = x.shape
     out = torch.empty((n, m), dtype=x.dtype, device=x.device)
-    kernels.transpose_kernel[_cdiv(m, 128), _cdiv(n, 128)](
-        x, out, m, n, x.stride(0), m, BM=128, BN=128, num_warps=8
+    launch_kernel(
+        kernels.transpose_kernel,
+        (_cdiv(m, 128), _cdiv(n, 128), 1),
+        (x, out),
+        (m, n, x.stride(0), m),
+        (128, 128),
+        num_warps=8,
     )
     return out
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from fp8dist import kernels, numerics
+from fp8dist.config import COLUMN, ROW
 from fp8dist.numerics import AmaxPart, CastPart
 from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from fp8dist.kernels import launch  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -80,3 +85,23 @@ def test_fill_amaxes_keeps_larger_ones():
     kernels.fill_amaxes([AmaxPart(x, (0, 0), blocks, amaxes)])
     assert amaxes[0].item() == 1e6
     assert_same_bytes(amaxes[1], x.abs().amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_each_launch_is_of_what_fits_its_arguments(first: int) -> None:
+    """What was compiled for addresses that are multiples of 16 is not launched on others, nor what
+    was for one dtype, or for one number of columns, on another."""
+    launch._compiled.clear()
+    flat = make((257, 128), "wide", torch.float32).flatten()
+    for dtype in (torch.bfloat16, torch.float32):
+        values = flat.to(dtype)
+        for columns in (128, 96):
+            for start in (first, 1 - first, first):
+                x = values[start : start + 256 * columns].view(256, columns)
+                found = kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+                expected = numerics.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+                for got, want in zip(found, expected, strict=True):
+                    assert_same_bytes(got.data, want.data)
+                    assert got.scale.equal(want.scale)
+    # Two kernels, of two dtypes, two numbers and two alignments each.
+    assert len(launch._compiled) == 16
