@@ -44,8 +44,12 @@ def launch_kernel(
 ) -> None:
     """Launch a kernel on the current stream: its parameters are tensors, numbers and constants, in
     this order. See [Note: launching]."""
-    kinds = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
     device = tensors[0].get_device()
+    if device != torch.cuda.current_device():  # where Triton launches, and loads what it compiled
+        with torch.cuda.device(device):
+            launch_kernel(kernel, grid, tensors, numbers, constants, **options)
+        return
+    kinds = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
     key = (id(kernel), device, numbers, constants, kinds, *options.values())
     compiled = _compiled.get(key)
     if compiled is not None:
@@ -167,19 +171,18 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         bm, bn, steps, warps = _WEIGHT_AMAX_TILE
         table, matrices = _table(tuple(entries), bm * steps, bn, _stream(x_base))
         blocks = alike[0].blocks
-        kernels.fill_amaxes_kernel[(matrices.size(0),)](
-            x_base,
-            out_base.view(torch.int32),
-            table,
-            matrices,
-            ALIGNED=all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
-            WANT_ROW=ROW in blocks,
-            WANT_COLUMN=COLUMN in blocks,
-            WANT_TENSOR=TENSOR in blocks,
-            WANT_BLOCK=(128, 128) in blocks,
-            BM=bm,
-            BN=bn,
-            STEPS=steps,
+        launch_kernel(
+            kernels.fill_amaxes_kernel,
+            (matrices.size(0), 1, 1),
+            (x_base, out_base.view(torch.int32), table, matrices),
+            (),
+            (
+                all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
+                *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
+                bm,
+                bn,
+                steps,
+            ),
             num_warps=warps,
         )
 
@@ -201,19 +204,15 @@ def cast_into(parts: Sequence[CastPart]) -> None:
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
             entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
         table, matrices = _table(tuple(entries), bm, bn, _stream(x_base))
-        kernels.cast_kernel[(matrices.size(0),)](
-            x_base,
-            scale_base,
-            out_base,
-            table,
-            matrices,
-            ALIGNED=all(
-                e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
-            ),
-            KIND=kind,
-            BLOCK_ROWS=block[0] if kind == "block" else 1,
-            BM=bm,
-            BN=bn,
+        aligned = all(
+            e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
+        )
+        launch_kernel(
+            kernels.cast_kernel,
+            (matrices.size(0), 1, 1),
+            (x_base, scale_base, out_base, table, matrices),
+            (),
+            (aligned, kind, block[0] if kind == "block" else 1, bm, bn),
             num_warps=8,
         )
 

@@ -105,3 +105,25 @@ def test_each_launch_is_of_what_fits_its_arguments(first: int) -> None:
                     assert got.scale.equal(want.scale)
     # Two kernels, of two dtypes, two numbers and two alignments each.
     assert len(launch._compiled) == 16
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_the_tensors_are() -> None:
+    """Which need not be the current device, on which Triton launches."""
+    launch._compiled.clear()
+    x = make((256, 128), "wide", torch.float32).to("cuda:1")
+    amax = numerics.amax(x, ROW)
+    scale = numerics.amax_to_scale(amax, torch.float8_e4m3fn, "exact")
+    want_both = numerics.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+    want = numerics.cast(x, scale, torch.float8_e4m3fn)
+    for current in (0, 1, 0):
+        with torch.cuda.device(current):
+            found = kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+            amaxes, out = torch.zeros_like(amax), torch.empty_like(want)
+            kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes])])
+            kernels.cast_into([CastPart(x, (0, 0), ROW, scale, out)])
+            assert torch.cuda.current_device() == current
+        for got, expected in zip(found, want_both, strict=True):
+            assert_same_bytes(got.data, expected.data)
+        assert_same_bytes(amaxes, amax)
+        assert_same_bytes(out, want)
