@@ -126,8 +126,9 @@ def new_record(job: JobConfig, device: torch.device, model: nn.Module) -> RunRec
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("torch", "torchao", "fp8dist"):
+    # torch's own version tells the build; that of its package need not.
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for package in ("torchao", "fp8dist"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
