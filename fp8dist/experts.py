@@ -119,28 +119,21 @@ class Float8Experts(Float8Tensor):
             self.transposed is not transpose,
         )
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        source, kwargs = args[0] if args else None, kwargs or {}
-        if isinstance(source, cls):
-            if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
-                if kwargs["dtype"] in HP_DTYPES:
-                    return source._replace(dtype=kwargs["dtype"])
-            if func is aten.transpose.int and {args[1] % 3, args[2] % 3} == {1, 2}:
-                return source._replace(transpose=True)
-            if func is aten.permute.default and [dim % 3 for dim in args[1]] == [0, 2, 1]:
-                return source._replace(transpose=True)
-            if func is aten.clone.default:  # as `contiguous` does
-                return source._replace(data=source._data.clone())
-            if func is aten.as_strided.default and tuple(args[2]) != source.stride():
-                args = (source.dequantize(), *args[1:])
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def _kept_in_float8(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
+            if kwargs["dtype"] in HP_DTYPES:
+                return self._replace(dtype=kwargs["dtype"])
+        if func is aten.transpose.int and {args[1] % 3, args[2] % 3} == {1, 2}:
+            return self._replace(transpose=True)
+        if func is aten.permute.default and [dim % 3 for dim in args[1]] == [0, 2, 1]:
+            return self._replace(transpose=True)
+        if func is aten.clone.default:  # as `contiguous` does
+            return self._replace(data=self._data.clone())
+        if func is aten.as_strided.default and tuple(args[2]) != self.stride():
+            return None
+        return super()._kept_in_float8(func, args, kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names, (dtype,) = super().__tensor_flatten__()

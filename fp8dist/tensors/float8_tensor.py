@@ -1,5 +1,6 @@
 """`Float8Tensor`: float8 data and its scale, standing for a high-precision tensor."""
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ aten = torch.ops.aten
 # to a parameter that they only pass along.
 _SAME_DATA_OPS = {aten.detach.default, aten.alias.default}
 _SAME_SHAPE_OPS = {aten.as_strided.default, aten.view.default}
+
+
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether the result shares the storage of the argument and is not written to."""
+    aliases = [output.alias_info for output in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 class Float8Tensor(torch.Tensor):
@@ -94,11 +102,17 @@ class Float8Tensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         source = args[0] if args else None
+        if torch.is_inference_mode_enabled():  # elsewhere autograd has done this before
+            if func._can_decompose():
+                return func.decompose(*args, **kwargs)
+            if isinstance(source, cls) and is_view(func) and not source.is_inference():
+                # Its views must not be inference tensors either.
+                with torch.inference_mode(False):
+                    return cls.__torch_dispatch__(func, types, args, kwargs)
         if isinstance(source, cls):
-            if func in _SAME_DATA_OPS:
-                return source._with_data(func(source._data))
-            if func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(source.shape):
-                return source._with_data(source._data.detach())
+            out = source._kept_in_float8(func, args, kwargs)
+            if out is not None:
+                return out
         if func._schema.is_mutable:
             for i, argument in enumerate(func._schema.arguments):
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -108,6 +122,16 @@ class Float8Tensor(torch.Tensor):
                     )
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _kept_in_float8(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """What an op of this gives without a look at the values; None: they are to be looked at."""
+        if func in _SAME_DATA_OPS:
+            return self._with_data(func(self._data))
+        if func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(self.shape):
+            return self._with_data(self._data.detach())
+        return None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

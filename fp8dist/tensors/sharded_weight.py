@@ -1,6 +1,5 @@
 """`Float8ShardedWeight`: the high-precision shard of a weight that FSDP2 gathers in float8."""
 
-import functools
 import inspect
 import logging
 import weakref
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist.tensors import addresses
-from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight, scales_by_use
+from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight, is_view, scales_by_use
 from fp8dist.tensors.placement import matrix_size
 from fp8dist.tensors.weight_state import Edits, Seen, WeightState, local_shard, update_scales
 
@@ -156,7 +155,7 @@ class Float8ShardedWeight(torch.Tensor):
         # FSDP2's lazy initialisation, which moves short ranks' shards, may be in inference mode.
         with torch.inference_mode(False) if func in _MOVE_OPS else nullcontext():
             out = func(*inner_args, **inner_kwargs)
-        if _is_view(func):
+        if is_view(func):
             views = _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
             if func is aten.detach.default:
                 views._stays_frozen = args[0]._moved_frozen
@@ -361,13 +360,6 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
 Float8ShardedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     Float8ShardedWeight.fsdp_pre_all_gather
 )
-
-
-@functools.cache
-def _is_view(func: Any) -> bool:
-    """Whether the result shares the storage of the argument and is not written to."""
-    aliases = [output.alias_info for output in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -238,9 +238,15 @@ def arrived(weight: torch.Tensor, recipe_name: str) -> Float8Experts:
     return Float8Experts(scaled.data, scales, weight.shape, weight.dtype, others, config)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_casts_and_transposes_keep_float8(recipe: str) -> None:
+def test_casts_and_transposes_keep_float8(recipe: str, mode: Any) -> None:
     weight = arrived(torch.randn(EXPERTS, HIDDEN, DIM), recipe)
+    with mode():
+        check_casts_and_transposes(weight)
+
+
+def check_casts_and_transposes(weight: Float8Experts) -> None:
     value = weight.dequantize()
     assert value.dtype == torch.float32
     for found, expected in (
