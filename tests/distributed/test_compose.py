@@ -112,9 +112,9 @@ def tolerances(case: Case) -> tuple[float, float]:
         # that lie otherwise in memory. Where that moves an amax past a power of two, its block is
         # rounded by twice or half the step, of 1/16. In bfloat16 the parts are rounded before:
         # activations differ by 1/256, and many round to a neighbour in float8, which is 1/8 away,
-        # or in tensorwise gradients 1/4: noise like the recipe's own. In float32 few elements do, of
-        # which one moves a loss, a mean over tens of tokens of sums over tens of features, by about
-        # 1e-5 (seen on a GPU: 1.3e-5).
+        # or in tensorwise gradients 1/4: noise like the recipe's own. In float32 few elements do,
+        # of which one moves a loss, a mean over tens of tokens of sums over tens of features, by
+        # about 1e-5 (seen on a GPU: 1.3e-5).
         return (2e-2, 0.15) if low else (5e-5, 1e-2)
     # Losses are sums of the same numbers in the same order; a compiler may reorder, at float32's
     # last bits of a loss of 4 (5e-7).
