@@ -1,6 +1,7 @@
 """`Float8Activation`: float8 data and scales that stand for a high-precision activation."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -43,29 +44,34 @@ class Again:
     """What is gathered a second time, once for all layers whose backward will ask for it."""
 
     def __init__(self) -> None:
-        self.users = 0
+        # Those that have not asked yet. Recomputed layers make others, which go without asking.
+        self.users: weakref.WeakSet[_GatheredAgain] = weakref.WeakSet()
         # Of the part, as it was cast. (Edits after it was saved are noticed by autograd.)
         self.version: int | None = None
         # And how it was cut: what arrived is kept by rank for some layers, in order for others.
         self.gathered: tuple[Cut, torch.Tensor] | None = None
 
-    def take(self, part: torch.Tensor, cut: Cut) -> torch.Tensor:
-        if self.version is not None and part._version != self.version:
-            raise RuntimeError(
-                "the input of a float8 layer was modified in place between forward and backward, "
-                "where it is gathered again for grad_weight"
-            )
-        if self.gathered is None or self.gathered[0] != cut:
-            self.gathered = (cut, gather_tokens(part, cut))
-        _, gathered = self.gathered
-        self.users -= 1
-        if self.users <= 0:
-            self.gathered = None
-        return gathered
 
+class _GatheredAgain:
+    """What a layer saves, besides this rank's part, to have all tokens in backward."""
 
-def _gathered_again(again: Again, cut: Cut, shape: torch.Size, part: torch.Tensor) -> torch.Tensor:
-    return again.take(part, cut).reshape(shape)
+    def __init__(self, again: Again, cut: Cut, shape: torch.Size) -> None:
+        self.again, self.cut, self.shape = again, cut, shape
+        again.users.add(self)
+
+    def __call__(self, part: torch.Tensor) -> torch.Tensor:
+        again = self.again
+        if self not in again.users:
+            # A second backward, at which ranks may differ in which recomputed layers they still
+            # have, must not depend on what is left of the first.
+            return gather_tokens(part, self.cut).reshape(self.shape)
+        if again.gathered is None or again.gathered[0] != self.cut:
+            again.gathered = (self.cut, gather_tokens(part, self.cut))
+        _, gathered = again.gathered
+        again.users.discard(self)
+        if not again.users:
+            again.gathered = None
+        return gathered.reshape(self.shape)
 
 
 def _restored(
@@ -158,10 +164,12 @@ class Float8Activation(torch.Tensor):
             high_precision: its value is wanted, (..., K), `dtype`.
         """
         if high_precision and self._part is not None and self._cut is not None:
-            self._again.users += 1
-            return (self._part,), functools.partial(
-                _gathered_again, self._again, self._cut, self.shape
-            )
+            if self._again.version not in (None, self._part._version):
+                raise RuntimeError(
+                    "the input of a float8 layer was modified in place after it was cast, and "
+                    "grad_weight is computed from it in high precision"
+                )
+            return (self._part,), _GatheredAgain(self._again, self._cut, self.shape)
         size = self.shape if self._by_rank else None
         of = (self._block, self.dtype, self._cut, size)
         return (self._data, self._scale), functools.partial(_restored, of, high_precision)

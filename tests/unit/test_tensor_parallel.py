@@ -1,10 +1,12 @@
 """Plans that cannot be honoured are refused by name, before anything is communicated."""
 
 import functools
+import weakref
 
 import pytest
 import torch
 import torch.nn as nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
@@ -23,7 +25,8 @@ from fp8dist.tensor_parallel import (
     PrepareFloat8ModuleInput,
     _check,
 )
-from fp8dist.tensors.float8_activation import cast_activation
+from fp8dist.tensors import float8_activation
+from fp8dist.tensors.float8_activation import Cut, cast_activation, gather_tokens
 
 
 class Mesh:
@@ -133,16 +136,61 @@ def test_an_input_that_was_edited_before_it_is_gathered_again(mesh: DeviceMesh) 
         loss.backward()
 
 
+def prepared(model: nn.Module, mesh: DeviceMesh, *layers: str) -> nn.Module:
+    """Its layers, which share what was gathered for it."""
+    style = PrepareFloat8ModuleInput(input_layouts=Shard(0), desired_input_layouts=Replicate())
+    columns = {name: Float8ColwiseParallel() for name in layers}
+    return parallelize_module(model, mesh, {"": style} | columns)
+
+
 def test_an_input_that_was_edited_after_it_was_cast(mesh: DeviceMesh) -> None:
-    model, x = parallel("rowwise_with_gw_hp", mesh), torch.randn(16, 128)
+    model, x = nn.Sequential(layer("rowwise_with_gw_hp", 128, 128)), torch.randn(16, 128)
+    prepared(model, mesh, "0")
 
     def edit(module: nn.Module, inputs: object) -> None:
         x.mul_(100)
 
     model[0].register_forward_pre_hook(edit)
-    loss = model(x).sum()  # of what was cast, and saved is what it is now
-    with pytest.raises(RuntimeError, match="modified in place"):
-        loss.backward()
+    with pytest.raises(RuntimeError, match="modified in place after it was cast"):
+        model(x)
+
+
+def test_an_input_that_was_edited_before_it_was_cast_may_be_moved(mesh: DeviceMesh) -> None:
+    """As offloading of activations does, after which there is another tensor, never edited."""
+    model, x = parallel("rowwise_with_gw_hp", mesh), torch.randn(16, 128).mul_(2)
+    with saved_tensors_hooks(torch.clone, lambda saved: saved):
+        model(x).sum().backward()
+    assert torch.equal(model[0].weight.grad.full_tensor(), x.sum(0).expand(128, 128))
+
+
+class Recomputed(nn.Module):
+    """One of two layers that take the same input is recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk = (layer("rowwise_with_gw_hp", 128, 128) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.wq, x, use_reentrant=False) + self.wk(x)
+
+
+def test_recomputed_layers_keep_nothing_that_was_gathered_again(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gather serves both, and ends with backward, though the graph lives."""
+    gathered = []
+
+    def gather(part: torch.Tensor, cut: Cut) -> torch.Tensor:
+        found = gather_tokens(part, cut)
+        if type(part) is torch.Tensor:
+            gathered.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(float8_activation, "gather_tokens", gather)
+    loss = prepared(Recomputed(), mesh, "wq", "wk")(batch_of_one_rank()).sum()
+    assert gathered == []
+    loss.backward()
+    assert [gathered_again() for gathered_again in gathered] == [None]
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp", "mxfp8_rceil"])
