@@ -1,28 +1,24 @@
 """`Float8Linear` and the autograd function of its three matmuls."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fp8dist import kernels
-from fp8dist.config import HP_DTYPES, RECIPES, Block, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.float8_activation import ByRank, Float8Activation, in_order
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.placement import like
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
-from fp8dist.tensors.weight_part import cast_part
+from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
 from fp8dist.tensors.weight_state import WeightState
-
-
-def _hp(weight: torch.Tensor) -> torch.Tensor:
-    # A Float8ShardedWeight is met here where FSDP2 does not shard the layer.
-    return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
 
 
 def _operands(
@@ -50,7 +46,7 @@ def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     if isinstance(weight, Float8Tensor):
         return weight.unpack(recipe.weight)
     scaled, _ = kernels.quantize_both(
-        _hp(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
+        high_precision(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
     return wanted(scaled)
 
@@ -71,7 +67,7 @@ def _weight_for_grad_input(
         )
         return derived if scales is None else derived._replace(inverse=scales[0].t())
     _, transposed = kernels.quantize_both(
-        _hp(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
+        high_precision(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
     )
     cast = wanted(transposed)
     # Padded as tokens are; weights of other sizes are multiplied dequantized only.
@@ -168,38 +164,6 @@ class _Float8Matmul(torch.autograd.Function):
         return grad_input, grad_weight, None, None
 
 
-# torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
-
-
-class _StandIn(torch.autograd.Function):
-    """A weight's part in float8, whose gradient is that of the part in high precision."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, cast: Float8Tensor) -> Float8Tensor:  # type: ignore[override]
-        return cast
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-@torch._dynamo.allow_in_graph
-class _CastPart(torch.autograd.Function):
-    """`cast_part`; the gradient passes."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, part: torch.Tensor, dim: int, recipe_name: str, group_name: str
-    ) -> Float8Tensor:
-        return cast_part(_hp(part), dim, RECIPES[recipe_name], group_name)
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
-        return grad, None, None, None
-
-
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device_type = x.device.type
     # A meta device has no autocast. (torch 2.11's compiler does not know
@@ -244,6 +208,19 @@ _TORCHAO_ATTRIBUTES = {
 }
 
 
+class Style(Protocol):
+    """What tensor parallelism does before and after this rank's part of the matmul."""
+
+    def prepare_input(
+        self, layer: "Float8Linear", input: torch.Tensor, mesh: DeviceMesh
+    ) -> DTensor: ...
+
+    def prepare_output(self, layer: "Float8Linear", output: DTensor) -> torch.Tensor:
+        """`output` is without the bias: cut along N where the weight is; where that is cut along
+        K, the sums that are partial then.
+        """
+
+
 class Float8Linear(nn.Linear):
     """`torch.nn.Linear` whose three matmuls run in float8.
 
@@ -258,10 +235,8 @@ class Float8Linear(nn.Linear):
     """How this layer computes and is gathered; frozen, and may be shared with other layers."""
     weight_state: WeightState | None
     """The weight's scales and float8 bytes; None where FSDP2 gathers it in high precision."""
-    style: str | None = None
-    """The name of the style of tensor parallelism that was applied."""
-    gather_input_again: bool = True
-    """As in `Float8ColwiseParallel`, which sets it."""
+    style: Style | None = None
+    """The style of tensor parallelism that was applied."""
 
     @classmethod
     def from_float(
@@ -317,26 +292,32 @@ class Float8Linear(nn.Linear):
             output = output + self.bias.to(output.dtype)
         return output
 
-    def _tensor_parallel(self, input: torch.Tensor, weight: DTensor) -> DTensor:
-        """This rank's part of the matmul, of DTensors as `tensor_parallel` prepares them.
+    def _tensor_parallel(self, input: torch.Tensor, weight: DTensor) -> torch.Tensor:
+        """This rank's part of the matmul, between what its style makes of input and output.
 
-        Returns:
-            Without the bias: cut along N where the weight is; where the weight is cut along K, the
-            sums that are partial then.
+        In here and not in hooks, so that a layer that is compiled alone has them in its graph.
         """
-        planned = self.style is not None and weight.device_mesh.ndim == 1
-        if not planned or not isinstance(input, DTensor):
+        if weight.device_mesh.ndim > 1:
             raise ValueError(
-                f"{self._name()}: its weight is still a DTensor in forward, placed as "
+                f"{self._name()}: its weight is still sharded in forward, placed as "
                 f"{weight.placements}: call the module that fully_shard was applied to, which "
-                "gathers the weight, and use fp8dist's Float8ColwiseParallel and "
-                "Float8RowwiseParallel for tensor parallelism"
+                "gathers the weight"
+            )
+        if self.style is None:
+            raise ValueError(
+                f"{self._name()}: its weight is a DTensor placed as {weight.placements}, and the "
+                "layer has no style of fp8dist: give it Float8ColwiseParallel or "
+                "Float8RowwiseParallel for torch's ColwiseParallel or RowwiseParallel; or, if "
+                "fully_shard cut it, call the module that was given to that"
             )
         mesh, by_column = weight.device_mesh, weight.placements[0].is_shard(0)
-        local = input.to_local(grad_placements=(Partial(),) if by_column else input.placements)
+        prepared = self.style.prepare_input(self, input, mesh)
+        grad_placements = (Partial(),) if by_column else prepared.placements
+        local = prepared.to_local(grad_placements=grad_placements)
         output = _matmul(local, self._part(weight, local.dtype), self.config)
         placement = Shard(output.dim() - 1) if by_column else Partial()
-        return DTensor.from_local(output, mesh, (placement,), run_check=False)
+        output = DTensor.from_local(output, mesh, (placement,), run_check=False)
+        return self.style.prepare_output(self, output)
 
     def _part(self, weight: DTensor, dtype: torch.dtype) -> torch.Tensor:
         """This rank's part of the weight in float8, by the scales of all of it."""
@@ -345,10 +326,10 @@ class Float8Linear(nn.Linear):
             return part
         state = self.weight_state if isinstance(part, Float8ShardedWeight) else None
         if state is not None and not torch.compiler.is_compiling():
-            return _StandIn.apply(part, local_float8(state, weight, dtype))
+            return StandIn.apply(part, local_float8(state, weight, dtype))
         dim = 0 if weight.placements[0].is_shard(0) else 1
         group_name = weight.device_mesh.get_group().group_name
-        return _CastPart.apply(part, dim, self.config.recipe.name, group_name)
+        return CastPart.apply(part, dim, self.config.recipe.name, group_name)
 
     def _name(self) -> str:
         return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__

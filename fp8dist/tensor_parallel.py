@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -25,7 +25,7 @@ from fp8dist.tensors.float8_activation import (
     gather_activation,
 )
 from fp8dist.tensors.placement import check_part, like
-from fp8dist.tracing import is_tracing
+from fp8dist.tracing import is_tracing, within_a_graph
 
 # [Note: activations in float8]
 # An activation that is cut along its tokens is cast before it is gathered, so that float8 crosses
@@ -232,43 +232,28 @@ class Float8ColwiseParallel(ColwiseParallel):
         super().__init__(**kwargs)
         self.gather_input_again = gather_input_again
 
-    @staticmethod
-    def _prepare_input_fn(
-        input_layouts: tuple[Placement, ...],
-        desired_input_layouts: tuple[Placement, ...],
-        mod: Float8Linear,
-        inputs: tuple[torch.Tensor, ...],
-        device_mesh: DeviceMesh,
-    ) -> torch.Tensor:
-        input = _as_dtensor(inputs[0], device_mesh, input_layouts, mod._name())
-        recipe = mod.config.recipe
-        _check_input(mod, input)
-        if _on_tokens(input.placements, input):
-            return _gather_input(input, recipe, mod.gather_input_again)
-        if input.placements != desired_input_layouts:
-            input = input.redistribute(placements=desired_input_layouts)
-        return input
+    def prepare_input(self, layer: Float8Linear, input: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        """What the layer multiplies: all tokens."""
+        prepared = _as_dtensor(input, mesh, self.input_layouts, layer._name())
+        _check_input(layer, prepared)
+        if _on_tokens(prepared.placements, prepared):
+            return _gather_input(prepared, layer.config.recipe, self.gather_input_again)
+        if prepared.placements != self.desired_input_layouts:
+            prepared = prepared.redistribute(placements=self.desired_input_layouts)
+        return prepared
 
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: tuple[Placement, ...],
-        use_local_output: bool,
-        mod: Float8Linear,
-        outputs: DTensor,
-        device_mesh: DeviceMesh,
-    ) -> torch.Tensor:
-        if mod.config.recipe.grad_output == TENSOR:
-            outputs = _cast_gradient(outputs, mod.config.recipe)
-        outputs = _with_bias(outputs, mod)
-        if outputs.placements != output_layouts:
-            outputs = outputs.redistribute(placements=output_layouts)
-        return outputs.to_local() if use_local_output else outputs
+    def prepare_output(self, layer: Float8Linear, output: DTensor) -> torch.Tensor:
+        """What the layer gives, of the features that it has multiplied."""
+        if layer.config.recipe.grad_output == TENSOR:
+            output = _cast_gradient(output, layer.config.recipe)
+        output = _with_bias(output, layer)
+        if output.placements != self.output_layouts:
+            output = output.redistribute(placements=self.output_layouts)
+        return output.to_local() if self.use_local_output else output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module = _check(type(self).__name__, module, device_mesh, 0)
-        module.gather_input_again = self.gather_input_again
-        module.style = type(self).__name__
-        return super()._apply(module, device_mesh)
+        _check(type(self).__name__, module, device_mesh, 0).style = self
+        return distribute_module(module, device_mesh, self._partition_linear_fn)
 
 
 class Float8RowwiseParallel(RowwiseParallel):
@@ -281,42 +266,29 @@ class Float8RowwiseParallel(RowwiseParallel):
         ValueError: as `Float8ColwiseParallel`, with K for N.
     """
 
-    @staticmethod
-    def _prepare_input_fn(
-        input_layouts: tuple[Placement, ...],
-        desired_input_layouts: tuple[Placement, ...],
-        mod: Float8Linear,
-        inputs: tuple[torch.Tensor, ...],
-        device_mesh: DeviceMesh,
-    ) -> DTensor:
-        input = _as_dtensor(inputs[0], device_mesh, input_layouts, mod._name())
-        _check_input(mod, input)
-        if input.placements != desired_input_layouts:
-            input = input.redistribute(placements=desired_input_layouts)
-        if mod.config.recipe.input == TENSOR:
-            input = _cast_input(input, mod.config.recipe)
-        return input
+    def prepare_input(self, layer: Float8Linear, input: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        """What the layer multiplies: this rank's features."""
+        prepared = _as_dtensor(input, mesh, self.input_layouts, layer._name())
+        _check_input(layer, prepared)
+        if prepared.placements != (Shard(-1),):
+            prepared = prepared.redistribute(placements=(Shard(-1),))
+        if layer.config.recipe.input == TENSOR:
+            prepared = _cast_input(prepared, layer.config.recipe)
+        return prepared
 
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: tuple[Placement, ...],
-        use_local_output: bool,
-        mod: Float8Linear,
-        outputs: DTensor,
-        device_mesh: DeviceMesh,
-    ) -> torch.Tensor:
-        if outputs.placements != output_layouts:
-            outputs = outputs.redistribute(placements=output_layouts)
-        recipe = mod.config.recipe
-        if _on_tokens(outputs.placements, outputs) and recipe.grad_output_for_grad_weight:
-            outputs = _cast_gradient(outputs, recipe)
-        outputs = _with_bias(outputs, mod)
-        return outputs.to_local() if use_local_output else outputs
+    def prepare_output(self, layer: Float8Linear, output: DTensor) -> torch.Tensor:
+        """What the layer gives, of the sums that are partial."""
+        if output.placements != self.output_layouts:
+            output = output.redistribute(placements=self.output_layouts)
+        recipe = layer.config.recipe
+        if _on_tokens(output.placements, output) and recipe.grad_output_for_grad_weight:
+            output = _cast_gradient(output, recipe)
+        output = _with_bias(output, layer)
+        return output.to_local() if self.use_local_output else output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module = _check(type(self).__name__, module, device_mesh, 1)
-        module.style = type(self).__name__
-        return super()._apply(module, device_mesh)
+        _check(type(self).__name__, module, device_mesh, 1).style = self
+        return distribute_module(module, device_mesh, self._partition_linear_fn)
 
 
 class PrepareFloat8ModuleInput(PrepareModuleInput):
@@ -388,4 +360,9 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
             )
         style = copy.copy(self)  # one object may be planned for several modules
         (style.recipe,) = recipes.values()
-        return super(PrepareFloat8ModuleInput, style)._apply(module, device_mesh)
+
+        def prepare(module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> Any:
+            return style._prepare_input_kwarg_fn(inputs, kwargs, device_mesh)
+
+        module.register_forward_pre_hook(within_a_graph(prepare), with_kwargs=True)
+        return module

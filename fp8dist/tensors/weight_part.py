@@ -1,13 +1,15 @@
 """A rank's part of a weight that tensor parallelism cuts, cast where it is used."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
 
 from fp8dist import numerics
-from fp8dist.config import WHOLE, Block, Recipe
+from fp8dist.config import RECIPES, WHOLE, Block, Recipe
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 
 
 def cast_part(weight: torch.Tensor, dim: int, recipe: Recipe, group_name: str) -> Float8Tensor:
@@ -53,3 +55,40 @@ def _amaxes_of_whole(
         for i, part in zip(cut, flat.split(counts), strict=True):
             amaxes[i] = part.view(amaxes[i].shape)
     return amaxes
+
+
+def high_precision(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in high precision: a `Float8ShardedWeight` is met where nothing gathers it."""
+    return weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+
+
+# torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
+
+
+class StandIn(torch.autograd.Function):
+    """A weight's part in float8, whose gradient is that of the part in high precision."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, cast: Float8Tensor) -> Float8Tensor:  # type: ignore[override]
+        return cast
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+@torch._dynamo.allow_in_graph
+class CastPart(torch.autograd.Function):
+    """`cast_part`; the gradient passes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, part: torch.Tensor, dim: int, recipe_name: str, group_name: str
+    ) -> Float8Tensor:
+        return cast_part(high_precision(part), dim, RECIPES[recipe_name], group_name)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return grad, None, None, None

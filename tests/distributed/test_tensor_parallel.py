@@ -428,23 +428,3 @@ def test_inputs_that_a_layer_does_not_take(kind: str) -> None:
         assert "256) of" in half and f"in_features={DIM}" in half
         assert "'rowwise'" in cast
         assert "DTensor on" in one_rank and "DTensor on" in two_dims
-
-
-def compiled_alone(recipe: str) -> list[float]:
-    """SQNR of gradients of a layer whose output is scattered outside of what is compiled."""
-    found, mesh = [], tp_mesh()
-    torch._dynamo.reset()
-    for compiled in (False, True):
-        model, input = layer_and_input(STYLES["by rows"], recipe)
-        if compiled:
-            model[0].compile(fullgraph=True, backend="aot_eager")
-        mine = input.to_local().requires_grad_()
-        model(mine).backward(part(batch(2), mesh))
-        found.append([mine.grad, *(p.grad.full_tensor() for p in model.parameters())])
-    return [sqnr(*pair) for pair in zip(*found, strict=True)]
-
-
-@pytest.mark.parametrize("recipe", ["rowwise", "mxfp8_rceil"])
-def test_a_layer_compiled_alone_takes_its_gradient_in_float8(recipe: str) -> None:
-    for found in run_on_ranks(2, compiled_alone, recipe):
-        assert min(found) > least_db(recipe)

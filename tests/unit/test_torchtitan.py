@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -20,7 +21,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from fp8dist import Float8Linear
+from fp8dist import Float8ColwiseParallel, Float8Linear, Float8RowwiseParallel
+from fp8dist.config import TENSOR
+from fp8dist.tensors.float8_activation import Float8Activation
 
 LINEAR, EXPERTS = "fp8dist", "fp8dist.grouped_mm.float8"
 
@@ -210,44 +213,44 @@ def test_experts_that_are_cut_otherwise(titan: Titan, parallel_dims: Any) -> Non
         titan.converters[EXPERTS](job(EXPERTS), parallel_dims)
 
 
+class Attention(nn.ModuleDict):
+    """Gives what its layers would get."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 def applied(titan: Titan, mesh: DeviceMesh, filter_fqns: list[str]) -> tuple[list[Any], Any]:
-    """torchtitan's plan of an attention: the styles its layers got, and the input's recipe."""
-    attention = nn.ModuleDict({"wq": nn.Linear(64, 64), "wo": nn.Linear(64, 64)})
+    """torchtitan's plan of an attention: the styles its layers got, and what they take."""
+    attention = Attention({"wq": nn.Linear(64, 64), "wo": nn.Linear(64, 64)})
     config = job(LINEAR, float8=BOTH | {"filter_fqns": filter_fqns})
     titan.converters[LINEAR](config, dims(tp=True)).convert(attention)
     prepare = titan.namespace["PrepareModuleInput"](
         input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
     )
-    prepared: list[Any] = []
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(
-            PrepareModuleInput,
-            "_apply",
-            lambda style, module, _: prepared.append(style) or module,
-        )
-        parallelize_module(attention, mesh, prepare)
+    parallelize_module(attention, mesh, prepare)
     plan = {
         "wq": titan.namespace["ColwiseParallel"](),
         "wo": titan.namespace["RowwiseParallel"](output_layouts=Shard(1)),
     }
     parallelize_module(attention, mesh, plan)
-    (style,) = prepared
-    assert style.input_layouts == (Shard(1),) and style.desired_input_layouts == (Replicate(),)
-    return [getattr(layer, "style", None) for layer in attention.values()], style
+    prepared: Any = attention(torch.ones(1, 16, 64))
+    assert prepared.placements == (Replicate(),)
+    styles = [type(getattr(layer, "style", None)) for layer in attention.values()]
+    return styles, prepared.to_local()
 
 
 def test_plans_are_made_of_the_styles_of_float8(titan: Titan, mesh: DeviceMesh) -> None:
-    styles, prepare = applied(titan, mesh, [])
-    assert styles == ["Float8ColwiseParallel", "Float8RowwiseParallel"]
-    assert prepare.recipe.name == "tensorwise"
+    styles, taken = applied(titan, mesh, [])
+    assert styles == [Float8ColwiseParallel, Float8RowwiseParallel]
+    assert isinstance(taken, Float8Activation) and taken._block == TENSOR
 
 
 def test_plans_of_layers_left_alone_are_torchs(titan: Titan, mesh: DeviceMesh) -> None:
     """And what some of them take is not rounded."""
-    styles, prepare = applied(titan, mesh, ["wq"])
-    assert styles == [None, "Float8RowwiseParallel"]
-    assert not hasattr(prepare, "recipe")
+    styles, taken = applied(titan, mesh, ["wq"])
+    assert styles == [type(None), Float8RowwiseParallel]
+    assert type(taken) is torch.Tensor
 
 
 def test_without_tensor_parallelism_torchtitan_keeps_its_styles(titan: Titan) -> None:

@@ -1,0 +1,47 @@
+"""Modules of a plan that are compiled alone: the compiler calls their hooks before it traces."""
+
+import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from fp8dist import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+from tests.distributed.harness import run_on_ranks
+from tests.distributed.tp_block import batch, block_of, least_db, part, sqnr, tp_mesh
+
+PREPARE = {
+    "": PrepareFloat8ModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+    "wq": Float8ColwiseParallel(),
+}
+EACH = {"wq": Float8ColwiseParallel(input_layouts=Shard(1))}
+
+
+def compiled(recipe: str, whole: bool) -> list[float]:
+    """SQNR of output and gradients of attention, against eager.
+
+    Args:
+        whole: all of it is compiled, whose hook prepares the input; else layers, that gather.
+    """
+    found, mesh = [], tp_mesh()
+    styles = (PREPARE if whole else EACH) | {"wk": Float8ColwiseParallel(input_layouts=Shard(1))}
+    styles["wo"] = Float8RowwiseParallel(output_layouts=Shard(1))
+    for names in ([], [""] if whole else ["wq", "wo"]):
+        torch._dynamo.reset()
+        attention = parallelize_module(block_of(recipe).attention, mesh, styles)
+        for name in names:
+            attention.get_submodule(name).compile(fullgraph=True, backend="aot_eager")
+        x = part(batch(1), mesh).requires_grad_()
+        output = attention(x)
+        output.backward(part(batch(2), mesh))
+        gradients = [p.grad.full_tensor() for p in attention.parameters() if p.dim() == 2]
+        found.append([output.detach(), x.grad, *gradients])
+    return [sqnr(*pair) for pair in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "whole"),
+    [("tensorwise", False), ("tensorwise", True), ("rowwise_with_gw_hp", True), ("rowwise", False)],
+)
+def test_modules_that_are_compiled_alone(recipe: str, whole: bool) -> None:
+    for found in run_on_ranks(2, compiled, recipe, whole):
+        assert min(found) > least_db(recipe)
