@@ -149,7 +149,7 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     return like(input, _CastInput.apply(local, recipe.name, group_name))
 
 
-def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
+def _gather_input(input: DTensor, recipe: Recipe, again: bool, name: str) -> DTensor:
     """All tokens, of this rank's; `again`, see [Note: high-precision grad_weight]."""
     mesh, (placement,) = input.device_mesh, input.placements
     dim = getattr(placement, "dim", 0) % input.dim()
@@ -158,8 +158,9 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool) -> DTensor:
     again = again and recipe.input_for_grad_weight is None and not arrives_cast
     if uneven and again:
         raise ValueError(
-            f"dimension {dim} of an input of {tuple(input.shape)} is cut into {mesh.size()} parts "
-            f"of several sizes, which recipe {recipe.name!r} cannot gather again: use a multiple"
+            f"{name}: dimension {dim} of its input of {tuple(input.shape)} is cut into "
+            f"{mesh.size()} parts of several sizes, which recipe {recipe.name!r} cannot gather "
+            f"again for grad_weight: pass a multiple of {mesh.size()}, or gather_input_again=False"
         )
     if uneven or arrives_cast:
         return _cast_input(input, recipe).redistribute(placements=(Replicate(),))
@@ -237,7 +238,8 @@ class Float8ColwiseParallel(ColwiseParallel):
         prepared = _as_dtensor(input, mesh, self.input_layouts, layer._name())
         _check_input(layer, prepared)
         if _on_tokens(prepared.placements, prepared):
-            return _gather_input(prepared, layer.config.recipe, self.gather_input_again)
+            recipe, again = layer.config.recipe, self.gather_input_again
+            return _gather_input(prepared, recipe, again, layer._name())
         if prepared.placements != self.desired_input_layouts:
             prepared = prepared.redistribute(placements=self.desired_input_layouts)
         return prepared
@@ -337,7 +339,8 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
         if desired_layout is not None and prepared.placements != (desired_layout,):
             gathered = _on_tokens(prepared.placements, prepared) and desired_layout == Replicate()
             if gathered and prepared.dtype in HP_DTYPES:  # not positions, or masks
-                prepared = _gather_input(prepared, self.recipe, self.gather_input_again)
+                again, name = self.gather_input_again, type(self).__name__
+                prepared = _gather_input(prepared, self.recipe, again, name)
             else:
                 prepared = prepared.redistribute(placements=(desired_layout,))
         return prepared.to_local() if self.use_local_output else prepared

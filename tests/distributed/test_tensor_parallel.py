@@ -43,6 +43,7 @@ from tests.distributed.tp_block import (
     tp_mesh,
     whole,
 )
+from tests.distributed.wire import collectives
 
 
 def results(
@@ -236,6 +237,43 @@ def uneven(recipe: str) -> float:
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "mxfp8_rceil"])
 def test_tokens_that_ranks_cannot_share_evenly(recipe: str) -> None:
     assert min(run_on_ranks(2, uneven, recipe)) > least_db(recipe)
+
+
+def uneven_again(style: ParallelStyle) -> tuple[str, float]:
+    """What is said of an input of 33 tokens, and the SQNR of grad_weight from its float8 copy."""
+
+    def layer(again: bool) -> nn.Sequential:
+        style.gather_input_again = again
+        styles = {"0": Float8ColwiseParallel(output_layouts=Replicate())}
+        styles |= {"0" if isinstance(style, Float8ColwiseParallel) else "": style}
+        model = nn.Sequential(block_of("rowwise_with_gw_hp").attention.wq)
+        return parallelize_module(model, mesh, styles)
+
+    mesh, x = tp_mesh(), batch(1)[:, :33]
+    input = distribute_tensor(x, mesh, [Shard(1)], src_data_rank=None)
+    model = layer(again=True)
+    with collectives() as issued, pytest.raises(ValueError) as error:
+        model(input)
+    assert issued == []
+    model = layer(again=False)
+    model(input).sum().backward()
+    expected = x.flatten(0, 1).sum(0).expand(DIM, DIM)
+    return str(error.value), sqnr(model[0].weight.grad.full_tensor(), expected)
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        Float8ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        PrepareFloat8ModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+    ],
+    ids=lambda style: type(style).__name__,
+)
+def test_uneven_tokens_are_gathered_again_by_no_rank(style: ParallelStyle) -> None:
+    for message, db in run_on_ranks(2, uneven_again, style):
+        assert message.startswith(("attention.wq: ", "PrepareFloat8ModuleInput: "))
+        assert "(2, 33, 512)" in message and "gather_input_again=False" in message
+        assert 29 < db < 34  # of one operand in float8
 
 
 def in_and_out(recipe: str, layout: Placement) -> dict[str, float]:
