@@ -87,6 +87,7 @@ def _make_current(state: WeightState, param: DTensor) -> None:
     """Compute the scales of an edited weight; see [Note: noticing edits]."""
     if state.seen is None or not state.seen.still_holds(param):
         if state.seen is not None and state.scales:
+            state.check_noticed_everywhere(param)
             _warn_stale(state.fqn)
         update_scales([state], [param])
     elif state.taken and state.shard_now(param).some_are_empty:

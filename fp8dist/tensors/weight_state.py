@@ -26,7 +26,8 @@ logger = logging.getLogger("fp8dist")
 #   - a compiled optimizer step moves the `_version` of the DTensor parameter only;
 #   - code that edits the plain tensors of a state dict in place (`dcp.load`) moves the `_version`
 #     of the inner tensor only. It writes nothing where a shard has no elements: such a weight
-#     counts as edited wherever a state dict was taken.
+#     counts as edited wherever a state dict was taken since, and an edit of one that was taken
+#     before is refused: a rank that does not notice it would be waited for.
 #   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
 # An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
 # scales were computed. Not seen are edits of a state dict's tensors that move no version: by
@@ -111,6 +112,13 @@ class Seen:
             and self.edit_count == self.edits.count
         )
 
+    def inner_alone_was_edited(self, param: DTensor) -> bool:
+        """Whether this does not hold because of an edit of a state dict's tensor, and only that."""
+        version = self.inner._version
+        return version != self.inner_version and replace(self, inner_version=version).still_holds(
+            param
+        )
+
 
 class WeightState:
     """What a module keeps about a sharded float8 weight between optimizer steps.
@@ -178,6 +186,22 @@ class WeightState:
                 "inference_mode works after that"
             )
 
+    def check_noticed_everywhere(self, param: DTensor) -> None:
+        """Refuse an edit of an old state dict's tensor, see [Note: noticing edits].
+
+        Raises:
+            ValueError: on the ranks that notice it, for which those with empty shards would wait.
+        """
+        if self.seen is None or self.taken or not self.shard_now(param).some_are_empty:
+            return
+        if self.seen.inner_alone_was_edited(param):
+            raise ValueError(
+                f"{self.fqn} was edited in place through a state dict that was taken before its "
+                "float8 scales were computed, which ranks that have no rows of it do not notice: "
+                "take a state dict for each load in place, or call "
+                "fp8dist.precompute_float8_dynamic_scale_for_fsdp(model) after it"
+            )
+
     def current_payload(self, data: torch.Tensor, param: DTensor) -> torch.Tensor:
         """The bytes this rank contributes, cast if the cached ones are not current.
 
@@ -215,7 +239,16 @@ def update_scales(
 
     Args:
         groups: as `precompute.compute_scales` takes them, if not those of the first parameter.
+
+    Raises:
+        ValueError: on all ranks: a parameter was made in inference mode.
     """
+    for state, param in zip(states, params, strict=True):
+        if param.is_inference():
+            raise ValueError(
+                f"{state.fqn} was made inside torch.inference_mode, where edits of it cannot be "
+                "noticed: build the model, and load it, outside, or under torch.no_grad()"
+            )
     shards = [state.shard_now(param) for state, param in zip(states, params, strict=True)]
     if groups is None:
         groups = known_groups(states[0].groups)

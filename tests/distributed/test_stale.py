@@ -198,6 +198,41 @@ def loaded_in_place(recipe: str, folder: str) -> list[bool]:
     return [not torch.equal(before, other(x)), *(torch.equal(model(x), other(x)) for _ in range(2))]
 
 
+def loaded_again_in_place(precompute: bool, folder: str) -> str | bool:
+    """Of a load into a state dict that was there at the last gather: what is raised where there
+    are rows; or, after precompute, whether the model computes what was loaded.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16)).to(DEVICE)
+    fp8dist.convert_to_float8_training(model, config="rowwise")
+    fully_shard(model, mesh=mesh_of(dist.get_world_size()))
+    x = torch.ones(16, 32, device=DEVICE)
+    first = model(x)
+    model.reshard()
+    state_dict = model.state_dict()
+    dcp.save(state_dict, checkpoint_id=folder)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model(x)
+    model.reshard()
+    dcp.load(state_dict, checkpoint_id=folder)
+    if precompute:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+        return torch.equal(model(x), first)
+    if model[0].weight.to_local().numel() == 0:
+        return "nothing noticed"
+    with pytest.raises(ValueError) as error:
+        model(x)
+    return str(error.value)
+
+
+def test_no_rank_waits_for_one_that_notices_nothing(tmp_path: Any) -> None:
+    *found, last = run_on_ranks(5, loaded_again_in_place, False, str(tmp_path))
+    assert last == "nothing noticed"
+    assert len(set(found)) == 1 and "0 was edited in place through a state dict" in found[0]
+    assert run_on_ranks(5, loaded_again_in_place, True, str(tmp_path)) == [True] * 5
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_loaded_in_place_where_a_rank_has_nothing(recipe: str, tmp_path: Any) -> None:
     # 16 rows on 5 ranks: 4 for each, and none for the last.

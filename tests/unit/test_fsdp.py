@@ -204,6 +204,15 @@ def test_precompute_inside_inference_mode_before_training(mesh: DeviceMesh) -> N
     check_current(model)
 
 
+def test_a_model_made_in_inference_mode_is_refused(mesh: DeviceMesh) -> None:
+    with torch.inference_mode():
+        model = sharded(mesh)
+        with pytest.raises(ValueError, match="was made inside torch.inference_mode"):
+            precompute_float8_dynamic_scale_for_fsdp(model)
+        with pytest.raises(ValueError, match="was made inside torch.inference_mode"):
+            model[0](torch.randn(16, 32))
+
+
 # --- the optimizer's hook
 
 
