@@ -31,6 +31,12 @@ _SPLIT_OPS = {aten.split.Tensor, aten.split_with_sizes.default}
 # for it data and scales are kept as (tokens, ...) in the order in which they arrive, are multiplied
 # so, and the output is put in order.
 
+# [Note: one at a time on gloo]
+# gloo, of torch 2.13 at least, writes to memory that it has freed when two all-gathers of one group
+# are on their way: a crash, some time later, once in hundreds of runs. With glibc told to fill what
+# is freed (MALLOC_PERTURB_=165 MALLOC_MMAP_THRESHOLD_=1024) a loop of such pairs, without any
+# float8, dies within seconds. So scales are sent when data has arrived.
+
 
 class Cut(NamedTuple):
     """Which dimension of tokens ranks cut, how many ranks, and their group's name."""
@@ -259,7 +265,10 @@ class Float8Activation(torch.Tensor):
             size = (*viewed.shape[:-1], scale.size(-1))
             return self._as_is(viewed, scale if one_scale else func(scale, size))
         if func is _c10d.all_gather_into_tensor.default:
-            gathered = func(data.view(torch.uint8), *args).view(data.dtype)
+            gathered = func(data.view(torch.uint8), *args)
+            if gathered.device.type == "cpu":  # see [Note: one at a time on gloo]
+                gathered = _c10d.wait_tensor.default(gathered)
+            gathered = gathered.view(data.dtype)
             return self._with(gathered, scale if one_scale else func(scale, *args))
         if func in _SPLIT_OPS and (args[1] if len(args) > 1 else 0) % self.dim() != last:
             parts = func(data, *args)

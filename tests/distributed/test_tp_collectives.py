@@ -1,11 +1,16 @@
 """The collectives of a forward and a backward of a Llama block, for each recipe."""
 
+from typing import Any
+
+import pytest
+import torch
 from expecttest import assert_expected_inline
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 import fp8dist
-from tests.distributed.harness import run_on_ranks
-from tests.distributed.tp_block import batch, block_of, part, plan, tp_mesh
+from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.distributed.tp_block import RECIPES, batch, block_of, part, plan, tp_mesh
 from tests.distributed.wire import Collective, collectives
 
 
@@ -29,6 +34,43 @@ def text(recipe: str, again: bool = True) -> str:
 
 
 # A rank has 2 * 32 tokens of 512 numbers: 32768 elements.
+
+
+class InFlight(TorchDispatchMode):
+    """The most collectives that were on their way at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: set[int] = set()
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # a subclass first makes of it what it sends
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            self.launched.discard(args[0].untyped_storage().data_ptr())
+        elif func.namespace == "_c10d_functional" and len(func._schema.arguments) > 1:
+            self.launched.add(result.untyped_storage().data_ptr())
+            self.most = max(self.most, len(self.launched))
+        return result
+
+
+def in_flight(recipe: str) -> int:
+    mesh = tp_mesh()
+    block = parallelize_module(block_of(recipe), mesh, plan())
+    with InFlight() as mode:
+        block(part(batch(1), mesh)).backward(part(batch(2), mesh))
+    return mode.most
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="NCCL has an order, and may have several")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gloo_is_given_one_at_a_time(recipe: str) -> None:
+    """Two all-gathers of one group at a time corrupt its memory."""
+    assert run_on_ranks(2, in_flight, recipe) == [1, 1]
 
 
 def test_rowwise_collectives() -> None:
