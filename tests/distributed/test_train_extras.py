@@ -17,19 +17,23 @@ from fp8dist.train.config import parse_config
 from fp8dist.train.loop import Trainer
 from fp8dist.train.model import FLAVORS
 from tests.distributed.harness import DEVICE, run_on_ranks
-from tests.distributed.test_train import (  # noqa: F401  # text is a fixture
+from tests.distributed.test_train import (
     FLOAT8,
     STEPS,
     TINY,
     arguments,
     refusal,
-    refusal_with_a_path_for_each_rank,
-    text,
     train,
+    write_text,
 )
 
 VALIDATION = ["--validation.enable", "--validation.freq=4", "--validation.steps=2"]
 TRAINED = ("losses", "grad_norms", "gathered_bytes")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(plain_folder: Path, text: Path) -> dict:  # noqa: F811
+def plain(plain_folder: Path, text: Path) -> dict:
     """The record that nothing here may change."""
     argv = arguments(plain_folder, text, FLOAT8, "--checkpoint.enable", "--checkpoint.interval=2")
     record, _ = run_on_ranks(2, train, argv)
@@ -51,7 +55,7 @@ def watched_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def watched(watched_folder: Path, text: Path) -> list[tuple[dict, bool]]:  # noqa: F811
+def watched(watched_folder: Path, text: Path) -> list[tuple[dict, bool]]:
     """By rank, the record of a run with validation and traces, and what `train_and_look` saw."""
     flags = [*VALIDATION, f"--validation.dataset_path={text}", "--metrics.enable_tensorboard"]
     flags += ["--profiling.enable_profiling", "--profiling.profile_freq=3"]
@@ -96,7 +100,7 @@ def test_validation_losses_are_recorded(
 
 def test_one_rank_that_takes_all_sequences_has_the_validation_loss(
     tmp_path: Path,
-    text: Path,  # noqa: F811
+    text: Path,
 ) -> None:
     """To float8's rounding: scales of each forward's activations are others."""
     flags = [*VALIDATION, f"--validation.dataset_path={text}", "--training.steps=1"]
@@ -106,7 +110,7 @@ def test_one_rank_that_takes_all_sequences_has_the_validation_loss(
     assert single["validation_losses"] == pytest.approx(pair["validation_losses"], rel=1e-3)
 
 
-def test_validation_that_cannot_be_is_refused(tmp_path: Path, text: Path) -> None:  # noqa: F811
+def test_validation_that_cannot_be_is_refused(tmp_path: Path, text: Path) -> None:
     (tmp_path / "short.txt").write_text("not one global batch")
     argv = arguments(tmp_path, text, "--validation.enable")
     for message in run_on_ranks(2, refusal, [*argv, f"--validation.dataset_path={tmp_path}"]):
@@ -139,7 +143,7 @@ def test_traces_of_every_rank(watched: list[tuple[dict, bool]], watched_folder: 
 )
 def test_asynchronous_saves_are_of_one_moment(
     tmp_path: Path,
-    text: Path,  # noqa: F811
+    text: Path,
     plain: dict,
     plain_folder: Path,
     mode: str,
@@ -208,7 +212,7 @@ def train_while_saves_are_slow(argv: list[str]) -> dict:
     return record
 
 
-def test_offloaded_job_trains_alike(tmp_path: Path, text: Path, plain: dict) -> None:  # noqa: F811
+def test_offloaded_job_trains_alike(tmp_path: Path, text: Path, plain: dict) -> None:
     flags = ["--training.enable_cpu_offload", "--checkpoint.enable", "--checkpoint.interval=4"]
     argv = arguments(tmp_path, text, FLOAT8, *flags)
     record, _ = run_on_ranks(2, train, argv)
