@@ -3,6 +3,9 @@
     python scripts/bench/bench_linear.py --m 8192 --budget-seconds 500 --out outputs/linear
     python scripts/bench/bench_linear.py --thresholds outputs/linear.csv
 
+A sweep of all sizes compiles for most of its time. Several processes with --compile-only, each with
+some of the sizes, fill the compiler's cache for the one that times.
+
 Input (M, K), weight (N, K), output (M, N), all bfloat16, compiled. Variants are bench_step.py's, of
 one layer without FSDP2:
 
@@ -22,6 +25,7 @@ import csv
 import gc
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -169,9 +173,9 @@ def check_results(found: Results, expected: Results) -> list[float]:
 
 
 def measure_shape(
-    variants: Sequence[Variant], m: int, n: int, k: int, compiled: bool
+    variants: Sequence[Variant], m: int, n: int, k: int, compiled: bool, timed: bool = True
 ) -> tuple[list[Row], bool]:
-    """The rows of a shape, and whether all results were right."""
+    """The rows of a shape, and whether all results were right. Of what is not timed no rows."""
     facts = setting()
     common = (facts["gpu"] or "CPU", torch.__version__, facts["versions"]["torchao"], facts["date"])
     rows: list[Row] = []
@@ -184,7 +188,7 @@ def measure_shape(
             expected = expected or found
             decibels = check_results(found, expected)
             del found
-            seconds = median_seconds(call)
+            seconds = median_seconds(call) if timed else math.nan
         except (WrongResult, RuntimeError) as error:  # the latter from the compiler or the GPU
             if not rows:
                 raise
@@ -196,6 +200,9 @@ def measure_shape(
         rows.append(Row(*common, m, n, k, variant.name, seconds, speedup, *decibels))
         del call
         gc.collect()
+    if not timed:
+        print(f"M {m}, N {n}, K {k}: compiled", flush=True)
+        return [], right
     print(
         f"M {m}, N {n}, K {k}: {rows[0].variant} {rows[0].seconds * 1e6:.1f} µs; "
         + ", ".join(f"{row.variant} x{row.speedup:.2f}" for row in rows[1:]),
@@ -229,6 +236,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", help="comma-separated, bf16 first; default: all")
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
     parser.add_argument(
+        "--compile-only", action="store_true", help="compile and compare results, time nothing"
+    )
+    parser.add_argument(
         "--budget-seconds", type=float, help="start no new shape after that many seconds"
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/linear"), help="without suffix")
@@ -236,6 +246,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--thresholds", type=Path, metavar="CSV", help="measure nothing; print what a file implies"
     )
     options = parser.parse_args(arguments)
+    if options.compile_only and options.no_compile:
+        parser.error("--compile-only and --no-compile leave nothing to do")
     options.variants = options.variants.split(",") if options.variants else default_variants()
     if options.variants[0] != "bf16":
         parser.error(f"--variants begins with {options.variants[0]}; it must begin with bf16")
@@ -265,10 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             left = ", ".join("x".join(map(str, shape)) for shape in shapes[index:])
             print(f"the {options.budget_seconds:.0f} s are used up; not measured, MxNxK: {left}")
             break
-        of_shape, all_right = measure_shape(variants, *shape, compiled=not options.no_compile)
+        of_shape, all_right = measure_shape(
+            variants, *shape, compiled=not options.no_compile, timed=not options.compile_only
+        )
         rows += of_shape
         right = right and all_right
-        write_csv(csv_path, [asdict(row) for row in rows])
+        if rows:
+            write_csv(csv_path, [asdict(row) for row in rows])
     for name in options.variants[1:]:
         of_variant = [row for row in rows if row.variant == name]
         if of_variant:
