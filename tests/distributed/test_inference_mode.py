@@ -91,14 +91,15 @@ def test_training_after_it_is_refused(world: int) -> None:
 
 
 def error_of_training_after(case: str) -> str:
-    """What FSDP2's own buffers raise, of a model with a high-precision group around the blocks."""
+    """Of a model with a high-precision group around the blocks: what FSDP2's own buffers raise, or,
+    where it can write to the root's, as on a GPU, the refusal of the first block's."""
     options = {"reshard_after_forward": False} if case == "blocks kept" else {}
     model = shard(convert(new_model(), "rowwise"), mesh_of(dist.get_world_size()), **options)
     with torch.inference_mode():
         loss_of(model, local_batch(0))
     if case == "root resharded":
         model.reshard()
-    with pytest.raises(RuntimeError, match="[Ii]nference tensor") as error:
+    with pytest.raises((RuntimeError, ValueError), match="[Ii]nference[ _]") as error:
         loss_of(model, local_batch(0)).backward()
     return str(error.value)
 
