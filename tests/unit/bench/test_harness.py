@@ -52,6 +52,18 @@ def test_sqnr_is_the_energy_of_the_error_in_decibel() -> None:
     assert harness.sqnr(truth * 1.1, truth) == pytest.approx(20)
 
 
+def test_calls_that_the_host_was_late_with_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = iter([0] * (harness.WARM_UP_CALLS + 1) + [0.02, 0.03, 0.001, 0.001])
+    passed = iter([True, True, False, False])
+    given: list[float] = []
+    monkeypatch.setattr(harness, "has_passed", lambda _: next(passed))
+    monkeypatch.setattr(harness, "occupy", given.append)
+    seconds = harness.median_seconds(lambda: time.sleep(next(durations)), calls=4)
+    assert 0.001 <= seconds < 0.02
+    assert given[0] < given[1] < given[2] == given[3]
+    assert given[3] < 1.5 * harness.LONGEST_LAUNCH + 100e-6
+
+
 def test_the_median_call_is_timed() -> None:
     durations = iter([0] * (harness.WARM_UP_CALLS + 1) + [0.001, 0.2, 0.02, 0.021, 0.001])
     seconds = harness.median_seconds(lambda: time.sleep(next(durations)), calls=5)
