@@ -1,7 +1,7 @@
 """Time forward and backward of "layer norm => linear => sigmoid" over M, N and K, against bfloat16.
 
     python scripts/bench/bench_linear.py --m 8192 --budget-seconds 500 --out outputs/linear
-    python scripts/bench/bench_linear.py --thresholds outputs/linear.csv
+    python scripts/bench/bench_linear.py --thresholds outputs/linear.csv --picture outputs/all.png
 
 A sweep of all sizes compiles for most of its time. Several processes with --compile-only, each with
 some of the sizes, fill the compiler's cache for the one that times.
@@ -16,8 +16,10 @@ one layer without FSDP2:
 
 By default all of them that the GPU has matmuls for. Each is timed, on a GPU by its kernels, only if
 its output and gradients are those of bf16, within the noise of float8. OUT.csv gets a row per shape
-and variant, OUT_VARIANT.png the speed-ups as a heat map. --thresholds prints what a file of such
-rows says about the sizes that are too small to gain, as `fp8dist.small_kn` has it.
+and variant, OUT_VARIANT.png the speed-ups as a heat map; --picture has all variants in one.
+--thresholds measures nothing: it prints what a file of such rows says about the sizes that are too
+small to gain, as `fp8dist.small_kn` has it. --picture then draws the file, and --variants says
+which of its variants count.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from harness import (
     sqnr,
     write_csv,
 )
-from linear_report import draw, print_thresholds
+from linear_report import draw, print_summary, print_thresholds
 from sqnr import TORCHAO_RECIPES, torchao_layer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -222,6 +224,19 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
+def of_variants(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows of the variants called `names`, in their order.
+
+    Raises:
+        ValueError: there are none of one of them.
+    """
+    found = {name: [row for row in rows if row.variant == name] for name in names}
+    if missing := [name for name in names if not found[name]]:
+        there = ", ".join(dict.fromkeys(row.variant for row in rows))
+        raise ValueError(f"no rows of {', '.join(missing)}; there are {there}")
+    return list(itertools.chain(*found.values()))
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
@@ -233,7 +248,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--m", type=numbers, default="2048,8192,16384", help="comma-separated")
     parser.add_argument("--n", type=numbers, default=SIZES, help="comma-separated")
     parser.add_argument("--k", type=numbers, default=SIZES, help="comma-separated")
-    parser.add_argument("--variants", help="comma-separated, bf16 first; default: all")
+    parser.add_argument(
+        "--variants", help="comma-separated, bf16 first; default: all, or all of the file's"
+    )
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
     parser.add_argument(
         "--compile-only", action="store_true", help="compile and compare results, time nothing"
@@ -245,9 +262,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--thresholds", type=Path, metavar="CSV", help="measure nothing; print what a file implies"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="draw the speed-ups of all variants there"
+    )
     options = parser.parse_args(arguments)
     if options.compile_only and options.no_compile:
         parser.error("--compile-only and --no-compile leave nothing to do")
+    if options.compile_only and options.picture is not None:
+        parser.error("--compile-only times nothing, so that there is nothing for --picture")
+    if options.variants is None and options.thresholds is not None:
+        return options
     options.variants = options.variants.split(",") if options.variants else default_variants()
     if options.variants[0] != "bf16":
         parser.error(f"--variants begins with {options.variants[0]}; it must begin with bf16")
@@ -258,11 +282,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def report(rows: Sequence[Row], picture: Path | None) -> None:
+    """Print what rows say, and draw them."""
+    print_summary(rows)
+    print_thresholds(rows)
+    if picture is not None and rows:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows).savefig(picture, dpi=100)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     options = parse_arguments(arguments)
     if options.thresholds is not None:
-        print_thresholds(read_rows(options.thresholds))
+        rows = read_rows(options.thresholds)
+        report(of_variants(rows, options.variants) if options.variants else rows, options.picture)
         return
     logging.getLogger("fp8dist").setLevel(logging.WARNING)
     init_distributed()
@@ -288,8 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         of_variant = [row for row in rows if row.variant == name]
         if of_variant:
             file = f"{options.out.name}_{name.replace(':', '_')}.png"
-            draw(of_variant, options.out.with_name(file))
-    print_thresholds(rows)
+            draw(of_variant).savefig(options.out.with_name(file), dpi=100)
+    report(rows, options.picture)
     dist.destroy_process_group()
     raise SystemExit(int(not right))
 

@@ -1,10 +1,9 @@
-"""What bench_linear.py has measured: as heat maps, and as the sizes that are too small to gain."""
+"""What bench_linear.py has measured: as heat maps, as a table, and as sizes too small to gain."""
 
 import math
 import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -15,39 +14,63 @@ from fp8dist.small_kn import Thresholds
 
 # A row of bench_linear.py: gpu, torch, date, m, n, k, variant, speedup.
 Rows = Sequence[Any]
-# (K, N) -> the median speed-up over all M.
+# By two sizes. Those of thresholds: (K, N) -> the median speed-up over all M.
 Speedups = dict[tuple[int, int], float]
 
+# One scale for all pictures.
+COLORS = mpl.colormaps["RdBu"].with_extremes(bad="lightgray")
+NORM = TwoSlopeNorm(vcenter=1.0, vmin=0.4, vmax=1.6)
 
-def draw(rows: Rows, path: Path) -> None:
-    """A heat map of the speed-ups of one variant, a panel per M."""
+
+def draw(rows: Rows) -> Figure:
+    """Heat maps of the speed-ups: a line of panels per variant but bf16, a panel per M.
+
+    A size that was not measured is grey.
+    """
+    variants = [name for name in dict.fromkeys(row.variant for row in rows) if name != "bf16"]
     ms, ns, ks = (sorted({getattr(row, name) for row in rows}) for name in "mnk")
-    width = 1.5 + len(ms) * max(3.0, 0.85 * len(ks) + 0.8)
-    figure = Figure(figsize=(width, max(3.0, 0.6 * len(ns) + 1.8)), layout="constrained")
-    panels = figure.subplots(1, len(ms), squeeze=False)[0]
-    colors = mpl.colormaps["RdBu"].with_extremes(bad="lightgray")
-    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.4, vmax=1.6)
-    for m, panel in zip(ms, panels, strict=True):
-        speedups = {(row.n, row.k): row.speedup for row in rows if row.m == m}
-        grid = [[speedups.get((n, k), math.nan) for k in ks] for n in ns]
-        image = panel.imshow(grid, cmap=colors, norm=norm, origin="lower", aspect="auto")
-        for y, line in enumerate(grid):
-            for x, speedup in enumerate(line):
-                if not math.isnan(speedup):
-                    # White on the dark ends of the colours.
-                    color = "black" if 0.6 < speedup < 1.4 else "white"
-                    panel.text(x, y, f"{speedup:.2f}", ha="center", va="center", color=color)
-        panel.set_xticks(range(len(ks)), [str(k) for k in ks])
-        panel.set_yticks(range(len(ns)), [str(n) for n in ns])
-        panel.set(title=f"M {m}", xlabel="K", ylabel="N")
-    figure.colorbar(image, ax=list(panels), label="speed-up over bfloat16", extend="both")
-    first = rows[0]
+    width = 1.2 + len(ms) * max(2.9, 0.55 * len(ks))
+    height = 1.0 + len(variants) * max(1.2, 0.3 + 0.25 * len(ns))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03)
+    lines = figure.subplots(len(variants), len(ms), squeeze=False, sharex=True, sharey=True)
+    for variant, line in zip(variants, lines, strict=True):
+        for m, panel in zip(ms, line, strict=True):
+            of_panel = [row for row in rows if (row.variant, row.m) == (variant, m)]
+            image = _heat_map({(row.n, row.k): row.speedup for row in of_panel}, ns, ks, panel)
+            panel.set_title(f"{variant}, M {m}", fontsize="small")
+    for panel in lines[-1]:
+        panel.set_xlabel("K")
+    for panel in lines[:, 0]:
+        panel.set_ylabel("N")
+    # Two facts of a kind are of files that were put together.
+    gpus, torches, torchaos, dates = (
+        " and ".join(dict.fromkeys(getattr(row, name) for row in rows))
+        for name in ("gpu", "torch", "torchao", "date")
+    )
+    label = "speed-up over bfloat16"
+    figure.colorbar(image, ax=lines, label=label, extend="both", extendfrac=0.02, aspect=50)
     figure.suptitle(
-        f"{first.variant}: layer norm, linear, sigmoid, forward and backward\n"
-        f"{first.gpu}, torch {first.torch}, {first.date}",
+        "layer norm, linear, sigmoid, compiled: speed-up of forward and backward over bfloat16\n"
+        f"{gpus} · torch {torches} · torchao {torchaos} · {dates}",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=100)
+    return figure
+
+
+def _heat_map(speedups: Speedups, ns: Sequence[int], ks: Sequence[int], panel: Any) -> Any:
+    """Fill a panel; speedups by (N, K). Returns the image, for the figure's one colour bar."""
+    grid = [[speedups.get((n, k), math.nan) for k in ks] for n in ns]
+    image = panel.imshow(grid, cmap=COLORS, norm=NORM, origin="lower", aspect="auto")
+    for y, line in enumerate(grid):
+        for x, speedup in enumerate(line):
+            if not math.isnan(speedup):
+                # White on the dark ends of the colours.
+                color = "black" if 0.65 < speedup < 1.37 else "white"
+                panel.text(x, y, f"{speedup:.2f}", ha="center", va="center", color=color)
+    panel.set_xticks(range(len(ks)), [str(k) for k in ks])
+    panel.set_yticks(range(len(ns)), [str(n) for n in ns])
+    return image
 
 
 def too_small(speedups: Speedups) -> tuple[tuple[float, float], ...]:
@@ -101,6 +124,23 @@ def implied_thresholds(rows: Rows) -> dict[str, dict[str, tuple[Thresholds, Spee
         }
         found.setdefault(gpu, {})[recipe] = (thresholds, outside)
     return found
+
+
+def print_summary(rows: Rows) -> None:
+    """Print a Markdown table: the median speed-up of each variant, and how many sizes gain."""
+    ms = sorted({row.m for row in rows})
+    print("| variant | " + " | ".join(f"M {m}" for m in ms) + " |")
+    print("|---" * (1 + len(ms)) + "|")
+    for variant in dict.fromkeys(row.variant for row in rows):
+        cells = []
+        for m in ms:
+            speedups = [row.speedup for row in rows if (row.variant, row.m) == (variant, m)]
+            if variant == "bf16" or not speedups:
+                cells.append(f"{len(speedups)} sizes")
+                continue
+            gain = sum(speedup > 1 for speedup in speedups)
+            cells.append(f"{statistics.median(speedups):.2f} ({gain} of {len(speedups)} gain)")
+        print(f"| {variant} | " + " | ".join(cells) + " |")
 
 
 def print_thresholds(rows: Rows) -> None:

@@ -1,6 +1,7 @@
 """The benchmark of one layer runs on any machine; what it says about sizes is in its rows."""
 
 import csv
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,83 @@ def test_what_is_wrong_or_fails_is_left_out(
     printed = capsys.readouterr().out
     assert "fp8dist:rowwise is not timed for M 64, N 128, K 128: SQNR of output" in printed
     assert "fp8dist:blockwise is not timed for M 64, N 128, K 128: illegal instruction\n" in printed
+
+
+def test_a_picture_has_a_line_per_variant_and_a_panel_per_m() -> None:
+    sizes = {(1024, 2048): 0.5, (4096, 2048): 1.25, (4096, 8192): 1.75}  # no (1024, 8192)
+    measured = rows(dict.fromkeys(sizes, 1.0), variant="bf16")
+    measured += rows({size: s + 0.25 for size, s in sizes.items()}, m=16384)
+    measured += rows(sizes)
+    measured += rows(sizes, variant="fp8dist:blockwise", date="2026-11-25")
+    figure = linear_report.draw(measured)
+    *panels, colors = figure.axes
+    names = ["fp8dist:rowwise", "fp8dist:blockwise"]
+    assert [panel.get_title() for panel in panels] == [
+        f"{name}, M {m}" for name in names for m in (8192, 16384)
+    ]
+    assert {panel.images[0].norm for panel in panels} == {panels[0].images[0].norm}
+    expected = {"0.50": (0, 0), "1.25": (1, 0), "1.75": (1, 1)}  # K to the right, N upwards
+    higher = {"0.75": (0, 0), "1.50": (1, 0), "2.00": (1, 1)}
+    for panel, texts in zip(panels, [expected, higher, expected, {}], strict=True):
+        assert {text.get_text(): text.get_position() for text in panel.texts} == texts
+        grey = panel.images[0].get_array().mask
+        assert {(x, y) for y in (0, 1) for x in (0, 1) if not grey[y, x]} == set(texts.values())
+        assert panel.images[0].origin == "lower"
+    assert [label.get_text() for label in panels[2].get_xticklabels()] == ["1024", "4096"]
+    assert [label.get_text() for label in panels[2].get_yticklabels()] == ["2048", "8192"]
+    assert "NVIDIA H200 · torch 2.11.0 · torchao 0.18.0 · 2026-11-24 and" in figure.get_suptitle()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A CSV of three variants."""
+    measured = rows({(1024, 1024): 1.0, (1024, 2048): 1.0}, variant="bf16")
+    for name in ("fp8dist:rowwise", "torchao:rowwise"):
+        measured += rows({(1024, 1024): 0.75, (1024, 2048): 1.25}, variant=name)
+    write_csv = load_program("harness").write_csv
+    write_csv(tmp_path / "linear.csv", [dataclasses.asdict(row) for row in measured])
+    return str(tmp_path / "linear.csv")
+
+
+@pytest.mark.parametrize("chosen", [None, "bf16,torchao:rowwise"])
+def test_a_file_is_drawn_and_summed_up_by_variants(
+    chosen: str | None,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drawn = []
+    draw = bench_linear.draw
+    monkeypatch.setattr(bench_linear, "draw", lambda rows: drawn.extend(rows) or draw(rows))
+    picture = tmp_path / "new" / "all.png"
+    only = [f"--variants={chosen}"] if chosen else []
+    bench_linear.main([f"--thresholds={file}", f"--picture={picture}", *only])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = (
+        ["bf16", "torchao:rowwise"] if chosen else ["bf16", "fp8dist:rowwise", "torchao:rowwise"]
+    )
+    assert [row.variant for row in drawn] == [name for name in names for _ in range(2)]
+    table, *thresholds = capsys.readouterr().out.partition('    "NVIDIA H200": {')
+    assert table.splitlines() == [
+        "| variant | M 8192 |",
+        "|---|---|",
+        "| bf16 | 2 sizes |",
+        *(f"| {name} | 1.00 (1 of 2 gain) |" for name in names[1:]),
+    ]
+    # They are those of weights that arrived in float8.
+    assert ("(ANY, 1024)" in "".join(thresholds)) == (chosen is None)
+
+
+def test_a_variant_that_a_file_does_not_have_is_refused(file: str) -> None:
+    with pytest.raises(ValueError, match="no rows of fp8dist:blockwise; there are bf16, fp8dist"):
+        bench_linear.main([f"--thresholds={file}", "--variants=bf16,fp8dist:blockwise"])
+
+
+def test_nothing_to_draw_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_linear.main(["--compile-only", "--picture=all.png"])
+    assert "--compile-only times nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", THRESHOLDS[OTHER_GPUS])
