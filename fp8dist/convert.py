@@ -33,13 +33,15 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
         filter_fqns: parts of fully qualified names; a layer whose name contains one stays in
             high precision. The entry "auto_filter_small_kn" leaves out layers that are too
             small to gain, as measured on this machine's GPU, or else on another
-            (`fp8dist.small_kn`).
+            (`fp8dist.small_kn`). All ranks must convert the same layers: where their GPUs differ,
+            name the layers instead.
 
     A layer whose dimensions the hardware cannot multiply is left out as well.
 
     Raises:
-        ValueError: unknown recipe, or one that has no thresholds together with
-            "auto_filter_small_kn".
+        ValueError: unknown recipe, or "auto_filter_small_kn" with one that has no thresholds on
+            this GPU: tensorwise and rowwise have some on every GPU, others where they were
+            measured.
     """
 
     def __init__(self, recipe_name: str, filter_fqns: Sequence[str] = ()) -> None:
@@ -53,8 +55,9 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
             known = thresholds_by_recipe(gpu)
             if self.recipe.name not in known:
                 raise ValueError(
-                    f"{AUTO_FILTER} has no thresholds for recipe {recipe_name!r} (it has them for "
-                    f"{', '.join(known)}): name the layers to leave out in filter_fqns"
+                    f"{AUTO_FILTER} has no thresholds for recipe {recipe_name!r} on "
+                    f"{gpu or 'a machine without a GPU'} (it has them for {', '.join(known)}): "
+                    "name the layers to leave out in filter_fqns"
                 )
             self.thresholds = known[self.recipe.name]
 

@@ -1,4 +1,7 @@
-"""Linear layers too small to gain from float8, by GPU and recipe, as they were measured."""
+"""Linear layers too small to gain from float8, by GPU and recipe, as they were measured.
+
+On a GPU that was not measured there are those that torchao publishes, of two recipes.
+"""
 
 import math
 from collections.abc import Mapping
@@ -28,11 +31,30 @@ OTHER_GPUS = "other GPUs"
 _TORCHAO = "torchao 0.18.0, `_auto_filter_for_recipe`: its benchmarks of linear layers on H100"
 
 # By the name that `torch.cuda.get_device_name` gives. Entries for a GPU are printed by
-# scripts/bench/bench_linear.py.
+# scripts/bench/bench_linear.py --thresholds, of H200 from docs/figures/linear.csv.
 THRESHOLDS: Mapping[str, Mapping[str, Thresholds]] = {
     OTHER_GPUS: {
         "tensorwise": Thresholds(((4096, 1024),), _TORCHAO),
         "rowwise": Thresholds(((ANY, 2048), (1024, ANY), (2048, 4096)), _TORCHAO),
+    },
+    "NVIDIA H200": {
+        "tensorwise": Thresholds(
+            ((1024, 1024),),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+        ),
+        "rowwise": Thresholds(
+            ((1024, 2048), (2048, 1024)),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+        ),
+        # in no box, yet slower: K 2048, N 1024 (x0.96)
+        "rowwise_with_gw_hp": Thresholds(
+            (),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+        ),
+        "blockwise": Thresholds(
+            ((1024, 4096), (4096, 1024)),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+        ),
     },
 }
 

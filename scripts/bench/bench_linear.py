@@ -270,6 +270,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--compile-only and --no-compile leave nothing to do")
     if options.compile_only and options.picture is not None:
         parser.error("--compile-only times nothing, so that there is nothing for --picture")
+    if options.picture is not None and options.variants == "bf16":
+        parser.error("--picture has speed-ups over bf16, and --variants nothing else")
     if options.variants is None and options.thresholds is not None:
         return options
     options.variants = options.variants.split(",") if options.variants else default_variants()
@@ -284,9 +286,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def report(rows: Sequence[Row], picture: Path | None) -> None:
     """Print what rows say, and draw them."""
+    if not rows:
+        return
     print_summary(rows)
     print_thresholds(rows)
-    if picture is not None and rows:
+    if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(rows).savefig(picture, dpi=100)
 

@@ -310,6 +310,14 @@ def test_a_sharded_model_is_refused_by_module(mesh: DeviceMesh) -> None:
 # --- float8_module_filter
 
 
+@pytest.fixture
+def unmeasured_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's own may have thresholds of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.usefixtures("unmeasured_gpu")
 @pytest.mark.parametrize("filter_fqns", [[], ["output"], ["wk", "output"]])
 @pytest.mark.parametrize("recipe_name", ["tensorwise", "rowwise"])
 def test_auto_filter_decides_as_torchao_does(recipe_name: str, filter_fqns: list[str]) -> None:
@@ -326,6 +334,7 @@ def test_auto_filter_decides_as_torchao_does(recipe_name: str, filter_fqns: list
     assert decisions == {True, False}
 
 
+@pytest.mark.usefixtures("unmeasured_gpu")
 @pytest.mark.parametrize("recipe_name", ["rowwise_with_gw_hp", "blockwise", "mxfp8"])
 def test_auto_filter_without_published_thresholds_is_refused(recipe_name: str) -> None:
     with pytest.raises(ValueError, match=f"no thresholds for recipe '{recipe_name}'"):

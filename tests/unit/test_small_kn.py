@@ -1,5 +1,9 @@
 """Which layers are too small to gain: by GPU, by recipe."""
 
+import csv
+import statistics
+from collections import defaultdict
+
 import pytest
 import torch
 import torch.nn as nn
@@ -7,6 +11,7 @@ import torch.nn as nn
 from fp8dist import small_kn
 from fp8dist.convert import float8_module_filter
 from fp8dist.small_kn import ANY, OTHER_GPUS, THRESHOLDS, Thresholds, thresholds_by_recipe
+from tests.environment import ROOT
 
 
 @pytest.fixture
@@ -70,5 +75,73 @@ def test_the_filter_asks_for_the_gpu_at_hand(
     assert float8_module_filter("blockwise", ["auto_filter_small_kn"])(layer, "")
     on_gpu(monkeypatch, "NVIDIA H2")
     assert not float8_module_filter("rowwise", ["auto_filter_small_kn"])(layer, "")
-    with pytest.raises(ValueError, match=r"'blockwise' \(it has them for tensorwise, rowwise\)"):
+    others = r"'blockwise' on NVIDIA H2 \(it has them for tensorwise, rowwise\)"
+    with pytest.raises(ValueError, match=others):
         float8_module_filter("blockwise", ["auto_filter_small_kn"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'blockwise' on a machine without a GPU"):
+        float8_module_filter("blockwise", ["auto_filter_small_kn"])
+
+
+# --- NVIDIA H200, against the speed-ups that its thresholds were taken from
+
+Size = tuple[int, int]
+
+
+@pytest.fixture(scope="module")
+def on_h200() -> dict[str, dict[Size, float]]:
+    """Recipe -> (K, N) -> the median speed-up over M of a layer whose weight arrived in float8."""
+    path = ROOT / "docs" / "figures" / "linear.csv"
+    of_size = defaultdict(dict)
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            assert row["gpu"] == "NVIDIA H200"
+            library, _, recipe = row["variant"].partition(":")
+            if library == "fp8dist":
+                speedups = of_size[recipe, int(row["k"]), int(row["n"])]
+                assert row["m"] not in speedups, f"measured twice: {row}"
+                speedups[row["m"]] = float(row["speedup"])
+    medians: dict[str, dict[Size, float]] = defaultdict(dict)
+    for (recipe, k, n), speedups in of_size.items():
+        medians[recipe][k, n] = statistics.median(speedups.values())
+    return medians
+
+
+def test_h200_has_the_recipes_that_were_measured(on_h200: dict[str, dict[Size, float]]) -> None:
+    assert set(THRESHOLDS["NVIDIA H200"]) == set(on_h200)
+    assert set(thresholds_by_recipe("NVIDIA H200")) == set(on_h200)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp", "blockwise"])
+def test_h200_leaves_out_what_lost(recipe: str, on_h200: dict[str, dict[Size, float]]) -> None:
+    """Left out is a size if it lost, and so did every smaller one that was measured."""
+    speedups = on_h200[recipe]
+    assert len(speedups) > 20
+    thresholds = THRESHOLDS["NVIDIA H200"][recipe]
+    for k, n in speedups:
+        smaller = [s for (other_k, other_n), s in speedups.items() if other_k <= k and other_n <= n]
+        assert thresholds.too_small(k, n) == (max(smaller) < 1), (k, n)
+    # Between two sizes nothing is known, so a box ends at one that was measured, and from the
+    # largest on it is taken to go on.
+    ks, ns = (sorted({size[axis] for size in speedups}) for axis in (0, 1))
+    for k, n in thresholds.boxes:
+        assert k in [*ks[:-1], ANY]
+        assert n in [*ns[:-1], ANY]
+
+
+def test_h200_converts_more_than_torchao_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K 2048, N 1024: torchao leaves it out by its times on H100; here it is faster."""
+    layer = nn.Linear(2048, 1024, device="meta")
+    for gpu, converted in [("NVIDIA H200", True), ("NVIDIA H100 80GB HBM3", False)]:
+        on_gpu(monkeypatch, gpu)
+        assert float8_module_filter("tensorwise", ["auto_filter_small_kn"])(layer, "") is converted
+
+
+def test_h200_has_thresholds_that_other_gpus_have_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (nn.Linear(1024, n, device="meta") for n in (1024, 8192))
+    on_gpu(monkeypatch, "NVIDIA H200")
+    keep = float8_module_filter("blockwise", ["auto_filter_small_kn"])
+    assert keep.reason(small, "") == "too small to gain (auto_filter_small_kn)"
+    assert keep(large, "")
+    with pytest.raises(ValueError, match=r"'mxfp8_rceil' on NVIDIA H200 .*\bblockwise\)"):
+        float8_module_filter("mxfp8_rceil", ["auto_filter_small_kn"])
