@@ -18,7 +18,8 @@ FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 # What was fastest on an H200: rows and columns of a tile, how many tiles, one below the other, a
 # program takes, and its warps. Amaxes of columns pay for few and tall programs.
 _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (32, 256, 4, 4)
-_WEIGHT_AMAX_TILE = (8, 1024, 16, 8)
+_WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
+_ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -168,9 +169,11 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base))
             places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
             entries.append((*entry, *places_of))
-        bm, bn, steps, warps = _WEIGHT_AMAX_TILE
-        table, matrices = _table(tuple(entries), bm * steps, bn, _stream(x_base))
+        bm, bn, warps = _WEIGHT_AMAX_TILE
         blocks = alike[0].blocks
+        most = 8 if COLUMN in blocks else 1 if ROW in blocks else 2
+        heights = tuple(bm * steps for steps in (8, 4, 2, 1) if steps <= most)
+        table, matrices, height = _table(tuple(entries), heights, bn, _stream(x_base))
         launch_kernel(
             kernels.fill_amaxes_kernel,
             (matrices.size(0), 1, 1),
@@ -181,7 +184,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
                 *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
                 bm,
                 bn,
-                steps,
+                height // bm,
             ),
             num_warps=warps,
         )
@@ -203,7 +206,7 @@ def cast_into(parts: Sequence[CastPart]) -> None:
                 scale_at += column_start // block[1]
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
             entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
-        table, matrices = _table(tuple(entries), bm, bn, _stream(x_base))
+        table, matrices, _ = _table(tuple(entries), (bm,), bn, _stream(x_base))
         aligned = all(
             e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
         )
@@ -238,22 +241,31 @@ def _stream(x: torch.Tensor) -> torch.cuda.Stream:
 
 @functools.lru_cache(maxsize=256)
 def _table(
-    entries: tuple[tuple[int, ...], ...], bm: int, bn: int, stream: torch.cuda.Stream
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table of [Note: many matrices in one launch] in `triton_kernels`, and `matrix_ptr`.
+    entries: tuple[tuple[int, ...], ...],
+    heights: tuple[int, ...],
+    bn: int,
+    stream: torch.cuda.Stream,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The table of [Note: many matrices in one launch] in `triton_kernels`, `matrix_ptr`, and the
+    rows that a program takes.
 
     Places and sizes stay the same from step to step, so that it is made once.
 
     Args:
         entries: per matrix: M, N, stride, the row at which it starts, and places.
-        bm, bn: what a program takes.
+        heights: rows that a program may take, most first: the first that leaves enough programs,
+            or the last.
+        bn: columns that a program takes.
         stream: the current one, on which the table is made: another has one of its own.
     """
-    tiles = [_cdiv(entry[0], bm) * _cdiv(entry[1], bn) for entry in entries]
+    for bm in heights:
+        tiles = [_cdiv(entry[0], bm) * _cdiv(entry[1], bn) for entry in entries]
+        if sum(tiles) >= _ENOUGH_PROGRAMS:
+            break
     rows, first = [], 0
     for entry, count in zip(entries, tiles, strict=True):
         rows.append((*entry[:4], first, *entry[4:]))
         first += count
     matrices = torch.repeat_interleave(torch.tensor(tiles)).int()
     table = torch.tensor(rows).pin_memory().to(stream.device, non_blocking=True)
-    return table, matrices.pin_memory().to(stream.device, non_blocking=True)
+    return table, matrices.pin_memory().to(stream.device, non_blocking=True), bm

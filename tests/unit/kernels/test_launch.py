@@ -1,5 +1,7 @@
 """On a GPU: the kernels that write into a part of a buffer write that part and nothing else."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -60,22 +62,38 @@ def test_cast_into_of_some_columns(block, start, end):
     assert want.float().abs().max() > 0
 
 
+@pytest.mark.parametrize("enough", [1, 20, 10**6])
 @pytest.mark.parametrize("content", CONTENTS)
-def test_fill_amaxes(content):
-    """Shards of matrices, also ones that share a block, fill what the whole would; all at once."""
-    blocks = [(-1, -1), (1, -1), (-1, 1), (128, 128)]
-    for dtype in (torch.float32, torch.bfloat16):
+def test_fill_amaxes(content, enough, monkeypatch):
+    """Shards of matrices, also ones that share a block, fill what the whole would; all at once,
+    with programs of all heights."""
+    monkeypatch.setattr(launch, "_ENOUGH_PROGRAMS", enough)
+    launch._table.cache_clear()
+    all_blocks = [(-1, -1), (1, -1), (-1, 1), (128, 128)]
+    for dtype, blocks in itertools.product(
+        (torch.float32, torch.bfloat16), (all_blocks, all_blocks[:1], all_blocks[3:])
+    ):
         parts, all_amaxes, expected = [], [], []
         for shape in [(640, 384), (128, 1280), (256, 128)]:
             whole = make(shape, content, torch.float32).to(dtype)
             expected += [numerics.amax(whole, block).float() for block in blocks]
-            amaxes = [torch.zeros_like(amax) for amax in expected[-4:]]
+            amaxes = [torch.zeros_like(amax) for amax in expected[-len(blocks) :]]
             all_amaxes += amaxes
             for start, end in [(0, 50), (50, 51), (51, shape[0])]:
                 parts.append(AmaxPart(whole[start:end], (start, 0), blocks, amaxes))
         kernels.fill_amaxes(parts)
         for got, want in zip(all_amaxes, expected, strict=True):
             assert_same_bytes(got, want)
+    launch._table.cache_clear()
+
+
+@pytest.mark.parametrize("bn, height, programs", [(512, 8, 256), (128, 16, 512), (16, 64, 1008)])
+def test_programs_are_as_tall_as_leaves_enough_of_them(bn, height, programs):
+    entries = ((1024, 1000, 1000, 0, 5, 6),)
+    stream = torch.cuda.current_stream()
+    table, matrices, found = launch._table(entries, (64, 16, 8), bn, stream)
+    assert (found, matrices.tolist()) == (height, [0] * programs)
+    assert table.tolist() == [[1024, 1000, 1000, 0, 0, 5, 6]]
 
 
 def test_fill_amaxes_keeps_larger_ones():
