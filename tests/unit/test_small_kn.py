@@ -1,6 +1,7 @@
 """Which layers are too small to gain: by GPU, by recipe."""
 
 import csv
+import re
 import statistics
 from collections import defaultdict
 
@@ -81,6 +82,27 @@ def test_the_filter_asks_for_the_gpu_at_hand(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'blockwise' on a machine without a GPU"):
         float8_module_filter("blockwise", ["auto_filter_small_kn"])
+
+
+def test_the_readme_has_them_all() -> None:
+    """Its table: a line per recipe, H200's column and that of other GPUs."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, section = readme.partition("## When float8 pays")
+    lines = re.findall(r"^\| `?(\w+)`? \| (.*) \| (.*) \|$", section.partition("\n## ")[0], re.M)
+    found: dict[str, dict[str, set[tuple[float, float]]]] = {"NVIDIA H200": {}, OTHER_GPUS: {}}
+    for recipe, *cells in lines[1:]:
+        for gpu, cell in zip(found, cells, strict=True):
+            if cell == "refused by name":
+                continue
+            boxes = [dict(re.findall(r"([KN]) <= (\d+)", box)) for box in cell.split(", or ")]
+            found[gpu][recipe] = {
+                (float(box.get("K", ANY)), float(box.get("N", ANY))) for box in boxes if box
+            }
+            assert bool(found[gpu][recipe]) == (cell != "never")
+    assert found == {
+        gpu: {recipe: set(thresholds.boxes) for recipe, thresholds in recipes.items()}
+        for gpu, recipes in THRESHOLDS.items()
+    }
 
 
 # --- NVIDIA H200, against the speed-ups that its thresholds were taken from
