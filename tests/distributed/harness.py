@@ -34,7 +34,17 @@ UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 # Forks of one process that has imported everything start in no time; CUDA forbids forks.
 CONTEXT = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")
 if DEVICE == "cpu":
-    multiprocessing.set_forkserver_preload(["tests.distributed.toy"])
+    multiprocessing.set_forkserver_preload(
+        [
+            "tests.distributed.toy",
+            # Else each rank imports them when it first compiles, saves or trains a job, for seconds.
+            "torch._inductor.compile_fx",
+            "torch.distributed.checkpoint.state_dict",
+            "torchao.optim",
+            "fp8dist.train.loop",
+            "matplotlib.pyplot",
+        ]
+    )
 TIMEOUT = 120.0  # seconds for one call; the slowest, a compilation, takes about 30
 # A collective that the other ranks do not join ends before the call that waits for it.
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
