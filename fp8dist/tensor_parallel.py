@@ -125,13 +125,23 @@ class _CastGradient(torch.autograd.Function):
         return cast_activation(grad_output, *ctx.args), None, None
 
 
+# [Note: no names in a graph]
+# Layers share a graph as long as it depends on nothing that differs between them, as names do. So
+# what may have to name a layer takes the layer, and asks for its name in an error only.
+_Named = Float8Linear | PrepareModuleInput
+
+
+def _name_of(user: _Named) -> str:
+    return user._name() if isinstance(user, Float8Linear) else type(user).__name__
+
+
 def _as_dtensor(
-    input: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], name: str
+    input: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], user: _Named
 ) -> DTensor:
     if isinstance(input, DTensor) and input.device_mesh != mesh:
         raise ValueError(
-            f"{name}: its input is a DTensor on {input.device_mesh}, tensor parallelism is over "
-            f"{mesh}: pass a DTensor on that, or the local part"
+            f"{_name_of(user)}: its input is a DTensor on {input.device_mesh}, tensor parallelism "
+            f"is over {mesh}: pass a DTensor on that, or the local part"
         )
     if not isinstance(input, DTensor):
         input = DTensor.from_local(input, mesh, placements, run_check=False)
@@ -149,7 +159,7 @@ def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
     return like(input, _CastInput.apply(local, recipe.name, group_name))
 
 
-def _gather_input(input: DTensor, recipe: Recipe, again: bool, name: str) -> DTensor:
+def _gather_input(input: DTensor, recipe: Recipe, again: bool, user: _Named) -> DTensor:
     """All tokens, of this rank's; `again`, see [Note: high-precision grad_weight]."""
     mesh, (placement,) = input.device_mesh, input.placements
     dim = getattr(placement, "dim", 0) % input.dim()
@@ -158,7 +168,7 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool, name: str) -> DTe
     again = again and recipe.input_for_grad_weight is None and not arrives_cast
     if uneven and again:
         raise ValueError(
-            f"{name}: dimension {dim} of its input of {tuple(input.shape)} is cut into "
+            f"{_name_of(user)}: dimension {dim} of its input of {tuple(input.shape)} is cut into "
             f"{mesh.size()} parts of several sizes, which recipe {recipe.name!r} cannot gather "
             f"again for grad_weight: pass a multiple of {mesh.size()}, or gather_input_again=False"
         )
@@ -235,11 +245,11 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     def prepare_input(self, layer: Float8Linear, input: torch.Tensor, mesh: DeviceMesh) -> DTensor:
         """What the layer multiplies: all tokens."""
-        prepared = _as_dtensor(input, mesh, self.input_layouts, layer._name())
+        prepared = _as_dtensor(input, mesh, self.input_layouts, layer)
         _check_input(layer, prepared)
         if _on_tokens(prepared.placements, prepared):
             recipe, again = layer.config.recipe, self.gather_input_again
-            return _gather_input(prepared, recipe, again, layer._name())
+            return _gather_input(prepared, recipe, again, layer)
         if prepared.placements != self.desired_input_layouts:
             prepared = prepared.redistribute(placements=self.desired_input_layouts)
         return prepared
@@ -270,7 +280,7 @@ class Float8RowwiseParallel(RowwiseParallel):
 
     def prepare_input(self, layer: Float8Linear, input: torch.Tensor, mesh: DeviceMesh) -> DTensor:
         """What the layer multiplies: this rank's features."""
-        prepared = _as_dtensor(input, mesh, self.input_layouts, layer._name())
+        prepared = _as_dtensor(input, mesh, self.input_layouts, layer)
         _check_input(layer, prepared)
         if prepared.placements != (Shard(-1),):
             prepared = prepared.redistribute(placements=(Shard(-1),))
@@ -335,12 +345,11 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
     ) -> Any:
         if input_layout is None or self.recipe is None:
             return input
-        prepared = _as_dtensor(input, mesh, (input_layout,), type(self).__name__)
+        prepared = _as_dtensor(input, mesh, (input_layout,), self)
         if desired_layout is not None and prepared.placements != (desired_layout,):
             gathered = _on_tokens(prepared.placements, prepared) and desired_layout == Replicate()
             if gathered and prepared.dtype in HP_DTYPES:  # not positions, or masks
-                again, name = self.gather_input_again, type(self).__name__
-                prepared = _gather_input(prepared, self.recipe, again, name)
+                prepared = _gather_input(prepared, self.recipe, self.gather_input_again, self)
             else:
                 prepared = prepared.redistribute(placements=(desired_layout,))
         return prepared.to_local() if self.use_local_output else prepared

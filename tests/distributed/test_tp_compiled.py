@@ -2,12 +2,29 @@
 
 import pytest
 import torch
+import torch.nn as nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from fp8dist import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
-from tests.distributed.harness import run_on_ranks
-from tests.distributed.tp_block import batch, block_of, least_db, part, sqnr, tp_mesh
+import fp8dist
+from fp8dist import (
+    Float8ColwiseParallel,
+    Float8Config,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
+from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.distributed.tp_block import (
+    Block,
+    batch,
+    block_of,
+    least_db,
+    part,
+    plan,
+    sqnr,
+    tp_mesh,
+)
 
 PREPARE = {
     "": PrepareFloat8ModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
@@ -45,3 +62,21 @@ def compiled(recipe: str, whole: bool) -> list[float]:
 def test_modules_that_are_compiled_alone(recipe: str, whole: bool) -> None:
     for found in run_on_ranks(2, compiled, recipe, whole):
         assert min(found) > least_db(recipe)
+
+
+def graphs_of_blocks(recipe: str) -> int:
+    model = nn.Sequential(*(Block() for _ in range(3))).to(DEVICE)
+    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
+    mesh = tp_mesh()
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model:
+        parallelize_module(block, mesh, plan()).compile(fullgraph=True, backend="eager")
+    model(part(batch(1), mesh).requires_grad_()).sum().backward()
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp"])
+def test_blocks_share_a_graph(recipe: str) -> None:
+    """Torch compiles one function eight times at most, and large models have more blocks."""
+    assert run_on_ranks(2, graphs_of_blocks, recipe) == [1, 1]
