@@ -37,7 +37,7 @@ if DEVICE == "cpu":
     multiprocessing.set_forkserver_preload(
         [
             "tests.distributed.toy",
-            # Else each rank imports them when it first compiles, saves or trains a job, for seconds.
+            # Else each rank imports them when it first compiles or trains a job, for seconds.
             "torch._inductor.compile_fx",
             "torch.distributed.checkpoint.state_dict",
             "torchao.optim",

@@ -1,10 +1,12 @@
 """The training job with a mixture of experts: losses, bytes, balance, checkpoints, refusals."""
 
+import functools
 import logging
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +31,20 @@ MX = "--model.converters=quantize.grouped_mm.mx"
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Any]:
+    """The record of two ranks in float32."""
+    (record, _), _ = run_on_ranks(2, train, arguments(tmp_path_factory.mktemp("plain"), text))
+    return record
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Any]:
+    """That of two ranks with linear layers and experts in float8."""
+    (record, _), _ = run_on_ranks(2, train, arguments(tmp_path_factory.mktemp("both"), text, BOTH))
+    return record
 
 
 class _Lines(logging.Handler):
@@ -73,8 +89,9 @@ def gathered_bytes(converters: str, microbatches: int, router_rows: int = 4) -> 
 
 
 @pytest.mark.parametrize("converters", ["--model.converters=", BOTH, MX])
-def test_losses_and_bytes(tmp_path: Path, text: Path, converters: str) -> None:
-    (plain, _), _ = run_on_ranks(2, train, arguments(tmp_path, text))
+def test_losses_and_bytes(
+    tmp_path: Path, text: Path, plain: dict[str, Any], converters: str
+) -> None:
     (found, lines), (other, _) = run_on_ranks(2, train, arguments(tmp_path, text, converters))
     assert found["losses"] == other["losses"]
     # Six steps in which float8's noise of 1 in 16 per element averages out to less than 1 %.
@@ -96,42 +113,56 @@ def test_resume_goes_on_bitwise(tmp_path: Path, text: Path) -> None:
         assert resumed[history] == whole[history]
 
 
-def test_fewer_experts_than_ranks(tmp_path: Path, text: Path) -> None:
+def test_fewer_experts_than_ranks(tmp_path: Path, text: Path, both: dict[str, Any]) -> None:
     """On 8 ranks 4 experts are cut by rows; the losses are those of 2 ranks."""
-    (few, _), *_ = run_on_ranks(2, train, arguments(tmp_path, text, BOTH))
     (many, _), *_ = run_on_ranks(
         8, train, arguments(tmp_path, text, BOTH, "--training.local_batch_size=1")
     )
     # Activations are scaled over other batches: float8's noise.
-    assert many["losses"] == pytest.approx(few["losses"], rel=0.01)
+    assert many["losses"] == pytest.approx(both["losses"], rel=0.01)
     assert many["gathered_bytes_per_step"] == gathered_bytes(BOTH, 1, router_rows=8)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputing_activations_changes_nothing(tmp_path: Path, text: Path, mode: str) -> None:
+def test_recomputing_activations_changes_nothing(
+    tmp_path: Path, text: Path, both: dict[str, Any], mode: str
+) -> None:
     flags = [
         f"--activation_checkpoint.mode={mode}",
         "--activation_checkpoint.selective_ac_option=op",
     ]
-    (plain, _), _ = run_on_ranks(2, train, arguments(tmp_path, text, BOTH))
     (found, _), _ = run_on_ranks(2, train, arguments(tmp_path, text, BOTH, *flags))
-    assert found["losses"] == plain["losses"]
-    assert found["expert_loads"] == pytest.approx(plain["expert_loads"])
+    assert found["losses"] == both["losses"]
+    assert found["expert_loads"] == pytest.approx(both["expert_loads"])
 
 
-@needs_compiler
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_compiled(tmp_path: Path, text: Path, mode: str) -> None:
+def train_compiled(argv: list[str], backend: str) -> tuple[dict[str, Any], list[str]]:
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    with mock.patch.object(torch.nn.Module, "compile", compiled):
+        return train([*argv, "--compile.enable"])
+
+
+# Some 40 kernels are generated, for a C++ compiler to work on for a minute, where nothing is
+# recomputed. aot_eager runs its graphs, with what they recompute in backward, as they are; the loss
+# would be compiled by inductor all the same.
+@pytest.mark.parametrize(
+    ("mode", "backend", "components"),
+    [
+        pytest.param("none", "inductor", "model,loss", marks=needs_compiler),
+        ("full", "aot_eager", "model"),
+    ],
+)
+def test_compiled(tmp_path: Path, text: Path, mode: str, backend: str, components: str) -> None:
     flags = [
         "--training.mixed_precision_param=bfloat16",
         "--training.steps=2",
         "--training.global_batch_size=2",
         f"--activation_checkpoint.mode={mode}",
+        f"--compile.components={components}",
     ]
     [(eager, _)] = run_on_ranks(1, train, arguments(tmp_path, text, BOTH, *flags))
-    [(found, _)] = run_on_ranks(
-        1, train, arguments(tmp_path, text, BOTH, *flags, "--compile.enable"), timeout=400
-    )
+    argv = arguments(tmp_path, text, BOTH, *flags)
+    [(found, _)] = run_on_ranks(1, train_compiled, argv, backend, timeout=400)
     # bfloat16's roundings (2^-9) in other places.
     assert found["losses"] == pytest.approx(eager["losses"], rel=5e-3)
 
