@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fp8dist.train.checkpoint_files import SafeReader, check_files
-from tests.distributed.test_train import FLOAT8, arguments, pid_of_rank
+from tests.distributed.harness import DEVICE, run_on_ranks
+from tests.distributed.test_train import FLOAT8, arguments, pid_of_rank, train
 from tests.environment import cpu_environment
 
 # From a rank's death to the job's end: torchrun waits up to 30 s for the other ranks to go.
 TIMEOUT = 60.0
+ONE_LAYER = "--model.flavor=debugmodel:1"
 
 
 def job_arguments(folder: Path, text: Path, steps: int) -> list[str]:
@@ -30,6 +32,14 @@ def job_arguments(folder: Path, text: Path, steps: int) -> list[str]:
         f"--training.steps={steps}",
         "--metrics.log_freq=1",
     )
+
+
+def run_undisturbed(argv: list[str]) -> None:
+    """The job of two ranks that nothing happens to."""
+    if DEVICE == "cpu":  # as below, but on ranks that have started and imported it all
+        run_on_ranks(2, train, argv)
+    else:
+        finish(start(argv, ranks=2), [])
 
 
 def start(argv: list[str], ranks: int, max_restarts: int = 0) -> subprocess.Popen[str]:

@@ -10,28 +10,29 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.killing import (
+    ONE_LAYER,
     check_checkpoints,
     finish,
     job_arguments,
     kill_at_random,
     record_of,
+    run_undisturbed,
     start,
 )
 from tests.distributed.test_train import write_text
 
-STEPS = 16  # more than a fast machine takes in the time that a kill may wait
+STEPS = 20  # more than a fast machine takes in the time that a kill may wait
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the rank's process in /proc")
 def test_an_elastic_restart_ends_where_the_undisturbed_run_does(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     text = write_text(tmp_path / "text")
-    undisturbed: list[str] = []
-    job = start(job_arguments(tmp_path / "undisturbed", text, STEPS), ranks=2)
-    finish(job, undisturbed)
+    run_undisturbed([*job_arguments(tmp_path / "undisturbed", text, STEPS), ONE_LAYER])
 
     lines: list[str] = []
-    job = start(job_arguments(tmp_path / "killed", text, STEPS), ranks=2, max_restarts=2)
+    argv = [*job_arguments(tmp_path / "killed", text, STEPS), ONE_LAYER]
+    job = start(argv, ranks=2, max_restarts=2)
     assert kill_at_random(job, 2, random.Random(3), lines, first=4), "".join(lines)
     finish(job, lines)
     assert "resuming after step" in "".join(lines)
