@@ -13,8 +13,9 @@ from fp8dist import kernels
 from fp8dist.config import HP_DTYPES, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled, wanted
-from fp8dist.tensors.float8_activation import ByRank, Float8Activation, in_order
+from fp8dist.tensors.float8_activation import ByRank, Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.gathering import in_order
 from fp8dist.tensors.placement import like
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
 from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
@@ -35,7 +36,7 @@ def _operands(
         return kernels.quantize_both(x, block, transposed_block, float8_dtype, recipe.scale_format)
     arrived, transposed = x.scaled(), None
     if transposed_block is not None:
-        transposed = kernels.rescale_transposed(
+        transposed = x.transposed() or kernels.rescale_transposed(
             arrived, transposed_block, None, recipe.scale_format
         )
     return (None if block is None else arrived), transposed
@@ -59,6 +60,8 @@ def _weight_for_grad_input(
     grad_output has no say in it but when; see [Note: only in backward] in `kernels.ops`.
     """
     block = recipe.weight_for_grad_input
+    if isinstance(grad_output, Float8Activation):  # which an op would be given dequantized
+        grad_output = grad_output._data
     if isinstance(weight, Float8Tensor):
         arrived, scales = weight.unpack(recipe.weight), weight._scales_for_grad_input
         new_scale = None if scales is None else scales[1]
@@ -94,8 +97,8 @@ class _Float8Matmul(torch.autograd.Function):
         recipe = config.recipe
         # In here gradients are off, whether or not there will be a backward.
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
-        arrived = isinstance(input, Float8Activation)
-        block = recipe.input_for_grad_weight if needs_weight_grad and not arrived else None
+        later = isinstance(input, Float8Activation) and input.transposed() is None
+        block = recipe.input_for_grad_weight if needs_weight_grad and not later else None
         scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
         saved: tuple[torch.Tensor, ...] = (input,)
         ctx.restore = None

@@ -16,14 +16,14 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
 )
 
-from fp8dist.config import HP_DTYPES, RECIPES, TENSOR, Recipe
+from fp8dist.config import HP_DTYPES, RECIPES, TENSOR, Block, Recipe
 from fp8dist.linear import Float8Linear, autocast
 from fp8dist.tensors.float8_activation import (
-    Cut,
     Float8Activation,
     cast_activation,
     gather_activation,
 )
+from fp8dist.tensors.gathering import Cut
 from fp8dist.tensors.placement import check_part, like
 from fp8dist.tracing import is_tracing, within_a_graph
 
@@ -35,7 +35,8 @@ from fp8dist.tracing import is_tracing, within_a_graph
 # high precision.
 #
 # One scale for a whole tensor takes an all-reduce of the amax. So that it is that of the tensor on
-# one device, what is cut along its features, and not gathered, is cast with it too.
+# one device, what is cut along its features, and not gathered, is cast with it too: at once in both
+# orientations, if grad_weight is wanted.
 
 # [Note: high-precision grad_weight]
 # Recipes whose grad_weight is computed in high precision need the input and the gradient so. The
@@ -45,8 +46,8 @@ from fp8dist.tracing import is_tracing, within_a_graph
 
 # [Note: asynchronous tensor parallelism]
 # The compiler overlaps an all-gather with the matmuls that take what it gathers, a part at a time.
-# It does so for inputs here, see `async_tp` and [Note: tokens by rank] in
-# `tensors.float8_activation`, and not for gradients.
+# It does so for inputs here, see `async_tp` and [Note: tokens by rank] in `tensors.gathering`, and
+# not for gradients.
 
 
 # What these are given by name is a constant to the compiler: the numbers in a `Recipe` are not.
@@ -59,18 +60,18 @@ class _CastInput(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: torch.Tensor, recipe_name: str, group_name: str
+        ctx: Any, input: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
         return cast_activation(
-            input, recipe.input, recipe.input_dtype, recipe.scale_format, group_name
+            input, recipe.input, recipe.input_dtype, recipe.scale_format, group_name, across
         )
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        return grad_output, None, None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return grad_output, None, None, None
 
 
 @torch._dynamo.allow_in_graph
@@ -107,7 +108,7 @@ class _CastGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, output: torch.Tensor, recipe_name: str, group_name: str
+        ctx: Any, output: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
         ctx.args = (
@@ -115,14 +116,15 @@ class _CastGradient(torch.autograd.Function):
             recipe.grad_output_dtype,
             recipe.scale_format,
             group_name,
+            across,
         )
         return output.view_as(output)
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        return cast_activation(grad_output, *ctx.args), None, None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return cast_activation(grad_output, *ctx.args), None, None, None
 
 
 # [Note: no names in a graph]
@@ -151,12 +153,12 @@ def _as_dtensor(
     return out
 
 
-def _cast_input(input: DTensor, recipe: Recipe) -> DTensor:
-    """Cast the local part, unless it arrives cast."""
+def _cast_input(input: DTensor, recipe: Recipe, across: bool = False) -> DTensor:
+    """Cast the local part, unless it arrives cast; `across`: in both orientations."""
     local, group_name = input.to_local(), input.device_mesh.get_group().group_name
     if isinstance(local, Float8Activation):
         return input
-    return like(input, _CastInput.apply(local, recipe.name, group_name))
+    return like(input, _CastInput.apply(local, recipe.name, group_name, across))
 
 
 def _gather_input(input: DTensor, recipe: Recipe, again: bool, user: _Named) -> DTensor:
@@ -178,9 +180,15 @@ def _gather_input(input: DTensor, recipe: Recipe, again: bool, user: _Named) -> 
     return _GatherInput.apply(input, recipe.name, cut, again)
 
 
-def _cast_gradient(output: DTensor, recipe: Recipe) -> DTensor:
+def _cast_gradient(output: DTensor, recipe: Recipe, across: bool = False) -> DTensor:
     group_name = output.device_mesh.get_group().group_name
-    return like(output, _CastGradient.apply(output.to_local(), recipe.name, group_name))
+    return like(output, _CastGradient.apply(output.to_local(), recipe.name, group_name, across))
+
+
+def _in_both(layer: Float8Linear, block: Block, transposed_block: Block | None) -> bool:
+    """Whether an operand of blocks `block` is wanted in both orientations, with one scale."""
+    wanted = torch.is_grad_enabled() and layer.weight.requires_grad
+    return wanted and block == transposed_block == TENSOR
 
 
 def _check_input(layer: Float8Linear, input: DTensor) -> None:
@@ -256,8 +264,10 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     def prepare_output(self, layer: Float8Linear, output: DTensor) -> torch.Tensor:
         """What the layer gives, of the features that it has multiplied."""
-        if layer.config.recipe.grad_output == TENSOR:
-            output = _cast_gradient(output, layer.config.recipe)
+        recipe = layer.config.recipe
+        if recipe.grad_output == TENSOR:
+            both = _in_both(layer, recipe.grad_output, recipe.grad_output_for_grad_weight)
+            output = _cast_gradient(output, recipe, both)
         output = _with_bias(output, layer)
         if output.placements != self.output_layouts:
             output = output.redistribute(placements=self.output_layouts)
@@ -284,8 +294,10 @@ class Float8RowwiseParallel(RowwiseParallel):
         _check_input(layer, prepared)
         if prepared.placements != (Shard(-1),):
             prepared = prepared.redistribute(placements=(Shard(-1),))
-        if layer.config.recipe.input == TENSOR:
-            prepared = _cast_input(prepared, layer.config.recipe)
+        recipe = layer.config.recipe
+        if recipe.input == TENSOR:
+            both = _in_both(layer, recipe.input, recipe.input_for_grad_weight)
+            prepared = _cast_input(prepared, recipe, both)
         return prepared
 
     def prepare_output(self, layer: Float8Linear, output: DTensor) -> torch.Tensor:

@@ -44,8 +44,13 @@ def quantize_both(
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
     after: torch.Tensor | None = None,
+    amax: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
-    """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`."""
+    """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`.
+
+    Args:
+        amax: bits of the known amax, (1, 1), int32, if one scale is to be for more than x.
+    """
     if _watcher is not None:
         _watcher.casts(x, block, transposed_block)
     if block is None and transposed_block is None:
@@ -56,8 +61,9 @@ def quantize_both(
     # Only weights have square blocks, and those are cast by the shard (`cast_into`) unless the
     # float8 all-gather is off.
     if as_view or (128, 128) in (block, transposed_block):
-        return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format)
-    amax, fusible = None, ops.has_kernels(x) and is_tracing()
+        known = None if amax is None else amax.view(torch.float32)
+        return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format, known)
+    fusible = amax is None and ops.has_kernels(x) and is_tracing()
     # What the compiler does where it computes x saves reading x once more.
     if fusible and (block, transposed_block) == (ROW, None):
         return numerics.quantize_both(x, block, None, float8_dtype, scale_format)
@@ -67,16 +73,12 @@ def quantize_both(
 
 
 def quantize(
-    x: torch.Tensor,
-    block: Block,
-    float8_dtype: torch.dtype,
-    scale_format: ScaleFormat,
-    amax: torch.Tensor | None = None,
+    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, scale_format: ScaleFormat
 ) -> Scaled:
-    """See `numerics.quantize`; for `amax`, `ops.quantize`."""
+    """See `numerics.quantize`."""
     if _watcher is not None:
         _watcher.casts(x, block, None)
-    return ops.quantize(x, block, float8_dtype, scale_format, amax)
+    return ops.quantize(x, block, float8_dtype, scale_format)
 
 
 def rescale_transposed(

@@ -143,13 +143,13 @@ def quantize(
 
 
 def transpose(x: torch.Tensor) -> torch.Tensor:
-    """(M, N) bytes, copied as (N, M)."""
+    """(M, N), float8, copied as (N, M)."""
     m, n = x.shape
     out = torch.empty((n, m), dtype=x.dtype, device=x.device)
     launch_kernel(
         kernels.transpose_kernel,
         (_cdiv(m, 128), _cdiv(n, 128), 1),
-        (x, out),
+        (x.view(torch.uint8), out.view(torch.uint8)),
         (m, n, x.stride(0), m),
         (128, 128),
         num_warps=8,

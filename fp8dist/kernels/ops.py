@@ -73,12 +73,15 @@ def _quantize(
     Args:
         x_inverse: 1 / what x was scaled by.
         new_scale: for the transpose, if it is not to be found from x.
-        amax: (1, 1), float32, if one scale is wanted: of x, or of all that x is a part of.
+        amax: (1, 1), float32 or its bits, int32, if one scale is wanted: of x, or of all that x is
+            a part of.
         after: see [Note: only in backward].
     """
     a, b = _as_block(block), _as_block(transposed_block)
     if in_kernels(x):
         return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale, amax)
+    if amax is not None:
+        amax = amax.view(torch.float32)
     if x_inverse is not None:
         x = numerics.dequantize(x, x_inverse.reciprocal())
     if new_scale is not None:
@@ -104,7 +107,7 @@ def _written(x: Scaled, kind: str, scale_format: ScaleFormat) -> tuple[torch.Ten
 
 
 def _transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-    """(M, N) bytes, copied as (N, M)."""
+    """(M, N), float8, copied as (N, M)."""
     return (
         launch.transpose(x) if in_kernels(x) else x.t().clone(memory_format=torch.contiguous_format)
     )
@@ -152,6 +155,7 @@ def quantize_both(
     """`numerics.quantize_both`, for blocks within one row or column; x^T is contiguous.
 
     Args:
+        amax: as `fp8dist::quantize` takes it.
         after: see [Note: only in backward].
     """
     data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
@@ -167,19 +171,11 @@ def quantize_both(
 
 
 def quantize(
-    x: torch.Tensor,
-    block: Block,
-    float8_dtype: torch.dtype,
-    scale_format: ScaleFormat,
-    amax: torch.Tensor | None,
+    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, scale_format: ScaleFormat
 ) -> Scaled:
-    """`numerics.quantize`.
-
-    Args:
-        amax: (1, 1), float32, if one scale is to be for more than x.
-    """
+    """`numerics.quantize`."""
     data, scale, _, _ = torch.ops.fp8dist.quantize.default(
-        x, block, None, float8_dtype, scale_format, None, None, amax, None
+        x, block, None, float8_dtype, scale_format, None, None, None, None
     )
     return _scaled(data, scale, block, kind_of(block) == "own")
 
@@ -205,8 +201,7 @@ def rescale_transposed(
     if block == weight.block:
         if not has_kernels(weight.data):  # operands are dequantized: a view will do
             return weight.t()
-        data = torch.ops.fp8dist.transpose.default(weight.data.view(torch.uint8), after)
-        return weight.t()._replace(data=data.view(weight.data.dtype))
+        return weight.t()._replace(data=torch.ops.fp8dist.transpose.default(weight.data, after))
     _, _, data, scales = torch.ops.fp8dist.quantize.default(
         weight.data,
         None,

@@ -1,17 +1,16 @@
 """`Float8Activation`: float8 data and scales that stand for a high-precision activation."""
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch.utils import _pytree as pytree
 
 from fp8dist import async_tp, kernels, numerics
 from fp8dist.config import ROW, TENSOR, Block, ScaleFormat
 from fp8dist.numerics import Scaled
+from fp8dist.tensors.gathering import Again, Cut, GatheredAgain, gather_tokens, in_order
 
 aten = torch.ops.aten
 _c10d = torch.ops._c10d_functional
@@ -24,13 +23,6 @@ if hasattr(_c10d, "_wrap_tensor_autograd"):
 _VIEW_OPS = {aten.view.default, aten._unsafe_view.default}
 _SPLIT_OPS = {aten.split.Tensor, aten.split_with_sizes.default}
 
-# [Note: tokens by rank]
-# An all-gather leaves the tokens of one rank after those of another, which is the order of a batch
-# only if its first dimension (or of a batch of one the second) is cut. Asynchronous tensor
-# parallelism takes an all-gather of float8 tensors of which nothing but matmuls use the result. So
-# for it data and scales are kept as (tokens, ...) in the order in which they arrive, are multiplied
-# so, and the output is put in order.
-
 # [Note: one at a time on gloo]
 # gloo, of torch 2.13 at least, writes to memory that it has freed when two all-gathers of one group
 # are on their way: a crash, some time later, once in hundreds of runs. With glibc told to fill what
@@ -38,61 +30,21 @@ _SPLIT_OPS = {aten.split.Tensor, aten.split_with_sizes.default}
 # float8, dies within seconds. So scales are sent when data has arrived.
 
 
-class Cut(NamedTuple):
-    """Which dimension of tokens ranks cut, how many ranks, and their group's name."""
-
-    dim: int
-    ranks: int
-    group_name: str
-
-
-class Again:
-    """What is gathered a second time, once for all layers whose backward will ask for it."""
-
-    def __init__(self) -> None:
-        # Those that have not asked yet. Recomputed layers make others, which go without asking.
-        self.users: weakref.WeakSet[_GatheredAgain] = weakref.WeakSet()
-        # Of the part, as it was cast. (Edits after it was saved are noticed by autograd.)
-        self.version: int | None = None
-        # And how it was cut: what arrived is kept by rank for some layers, in order for others.
-        self.gathered: tuple[Cut, torch.Tensor] | None = None
-
-
-class _GatheredAgain:
-    """What a layer saves, besides this rank's part, to have all tokens in backward."""
-
-    def __init__(self, again: Again, cut: Cut, shape: torch.Size) -> None:
-        self.again, self.cut, self.shape = again, cut, shape
-        again.users.add(self)
-
-    def __call__(self, part: torch.Tensor) -> torch.Tensor:
-        again = self.again
-        if self not in again.users:
-            # A second backward, at which ranks may differ in which recomputed layers they still
-            # have, must not depend on what is left of the first.
-            return gather_tokens(part, self.cut).reshape(self.shape)
-        if again.gathered is None or again.gathered[0] != self.cut:
-            again.gathered = (self.cut, gather_tokens(part, self.cut))
-        _, gathered = again.gathered
-        again.users.discard(self)
-        if not again.users:
-            again.gathered = None
-        return gathered.reshape(self.shape)
-
-
 def _restored(
     of: tuple[Block, torch.dtype, Cut | None, torch.Size | None],
     high_precision: bool,
     data: torch.Tensor,
     scale: torch.Tensor,
+    inverse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     block, dtype, cut, size = of
-    restored = Float8Activation(data, scale, block, dtype, None, cut, size)
+    restored = Float8Activation(data, scale, block, dtype, None, cut, size, inverse)
     return restored.dequantize() if high_precision else restored
 
 
 # Block, dtype, cut, by rank
 _Meta = tuple[Block, torch.dtype, Cut | None, bool]
+_OPTIONAL = ("_part", "_inverse", "_across")
 
 
 class Float8Activation(torch.Tensor):
@@ -110,10 +62,15 @@ class Float8Activation(torch.Tensor):
         part: this rank's part of what was gathered, high precision, to be gathered again.
         cut: how it was cut.
         size: of the whole, if data and scale are 2-D; see [Note: tokens by rank].
+        inverse: 1 / scale, (1,), for one scale, if it is there already.
+        across: data as (K, tokens), padded as `numerics.quantize_both` does, if it was cast in both
+            orientations.
     """
 
     _data: torch.Tensor
     _scale: torch.Tensor
+    _inverse: torch.Tensor | None
+    _across: torch.Tensor | None
     _block: Block
     _part: torch.Tensor | None
     _cut: Cut | None
@@ -130,6 +87,8 @@ class Float8Activation(torch.Tensor):
         part: torch.Tensor | None = None,
         cut: Cut | None = None,
         size: Sequence[int] | None = None,
+        inverse: torch.Tensor | None = None,
+        across: torch.Tensor | None = None,
     ) -> "Float8Activation":
         if size is None:
             self = torch.Tensor._make_wrapper_subclass(
@@ -138,6 +97,7 @@ class Float8Activation(torch.Tensor):
         else:
             self = torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=data.device)
         self._data, self._scale, self._block = data, scale, block
+        self._inverse, self._across = inverse, across
         self._part, self._cut, self._again = part, cut, Again()
         self._by_rank = size is not None
         return self
@@ -151,7 +111,16 @@ class Float8Activation(torch.Tensor):
             scale = numerics.exponent_to_scale(scale)
         data = self._data.reshape(-1, self._data.size(-1))
         scale = scale.view(1, 1) if self._block == TENSOR else scale.reshape(-1, scale.size(-1))
-        return Scaled(data, scale, self._block)
+        inverse = None if self._inverse is None else self._inverse.view(1, 1)
+        return Scaled(data, scale, self._block, inverse)
+
+    def transposed(self) -> Scaled | None:
+        """Data as (K, tokens), if it was cast so too."""
+        if self._across is None:
+            return None
+        scaled = self.scaled()
+        # Without the padding: the other operand of grad_weight has none if it was transposed.
+        return scaled._replace(data=self._across.narrow(1, 0, scaled.data.size(0)))
 
     def dequantize(self) -> torch.Tensor:
         """The value: (..., K), `dtype`."""
@@ -175,10 +144,12 @@ class Float8Activation(torch.Tensor):
                     "the input of a float8 layer was modified in place after it was cast, and "
                     "grad_weight is computed from it in high precision"
                 )
-            return (self._part,), _GatheredAgain(self._again, self._cut, self.shape)
+            return (self._part,), GatheredAgain(self._again, self._cut, self.shape)
         size = self.shape if self._by_rank else None
         of = (self._block, self.dtype, self._cut, size)
-        return (self._data, self._scale), functools.partial(_restored, of, high_precision)
+        inverse = () if self._inverse is None else (self._inverse,)
+        restore = functools.partial(_restored, of, high_precision)
+        return (self._data, self._scale, *inverse), restore
 
     def by_rank(self) -> "Float8Activation":
         """(tokens, K), as they arrived; see [Note: tokens by rank]."""
@@ -189,7 +160,7 @@ class Float8Activation(torch.Tensor):
         out = Float8Activation(
             self._data, self._scale, self._block, self.dtype, part, cut._replace(dim=0)
         )
-        out._again = self._again
+        out._again, out._inverse = self._again, self._inverse
         return out
 
     def _in_order(self) -> "Float8Activation":
@@ -202,17 +173,18 @@ class Float8Activation(torch.Tensor):
         out = Float8Activation(
             data.view(self._data.dtype), scale, self._block, self.dtype, self._part, self._cut
         )
-        out._again = self._again
+        out._again, out._inverse = self._again, self._inverse
         return out
 
     def _with(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
-        return Float8Activation(data, scale, self._block, self.dtype)
+        """Some tokens, or in another order."""
+        return Float8Activation(data, scale, self._block, self.dtype, inverse=self._inverse)
 
     def _as_is(self, data: torch.Tensor, scale: torch.Tensor) -> "Float8Activation":
         """All tokens, in their order."""
         size = self.size() if self._by_rank else None
         out = Float8Activation(data, scale, self._block, self.dtype, self._part, self._cut, size)
-        out._again = self._again
+        out._again, out._inverse, out._across = self._again, self._inverse, self._across
         return out
 
     @classmethod
@@ -284,8 +256,8 @@ class Float8Activation(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], "_Meta"]:
-        names = ["_data", "_scale"] if self._part is None else ["_data", "_scale", "_part"]
-        return names, (self._block, self.dtype, self._cut, self._by_rank)
+        maybe = [name for name in _OPTIONAL if getattr(self, name) is not None]
+        return ["_data", "_scale", *maybe], (self._block, self.dtype, self._cut, self._by_rank)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -296,9 +268,9 @@ class Float8Activation(torch.Tensor):
     ) -> "Float8Activation":
         block, dtype, cut, by_rank = meta
         size = outer_size if by_rank else None
-        return Float8Activation(
-            inner["_data"], inner["_scale"], block, dtype, inner.get("_part"), cut, size
-        )
+        out = Float8Activation(inner["_data"], inner["_scale"], block, dtype, None, cut, size)
+        out._part, out._inverse, out._across = (inner.get(name) for name in _OPTIONAL)
+        return out
 
     def __coerce_same_metadata_as_tangent__(
         self, expected_metadata: Any, expected_type: type | None = None
@@ -308,29 +280,6 @@ class Float8Activation(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8Activation(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-
-def gather_tokens(part: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """All tokens, from this rank's."""
-    gathered = _c10d.wait_tensor.default(
-        _c10d.all_gather_into_tensor.default(part.contiguous(), cut.ranks, cut.group_name)
-    )
-    if cut.dim == 0:
-        return gathered
-    return torch.cat(torch.chunk(gathered, cut.ranks, dim=0), dim=cut.dim)
-
-
-def in_order(x: torch.Tensor, tokens: Sequence[int], cut: Cut | None) -> torch.Tensor:
-    """(tokens, ...) as they arrived, in the order of the batch: (*tokens, ...).
-
-    See [Note: tokens by rank].
-    """
-    if cut is None:
-        raise AssertionError("tokens that did not arrive from other ranks")
-    part = list(tokens)
-    part[cut.dim] //= cut.ranks
-    by_rank = x.reshape(cut.ranks, *part, x.size(-1))
-    return by_rank.movedim(0, cut.dim).reshape(*tokens, x.size(-1))
 
 
 # torch's stubs give `forward` and `backward` any arguments, which mypy takes for an override.
@@ -357,14 +306,16 @@ def gather_activation(
     # With scales of other blocks the compiler overlaps nothing.
     if cast._block not in (TENSOR, ROW) or not async_tp.is_on_for(cut.group_name):
         gathered: Any = gather_tokens(cast, cut)
-        return Float8Activation(gathered._data, gathered._scale, cast._block, cast.dtype, part, cut)
+        out = Float8Activation(gathered._data, gathered._scale, cast._block, cast.dtype, part, cut)
+        out._inverse = gathered._inverse
+        return out
     data, scale = (x.reshape(-1, x.size(-1)) for x in (cast._data, cast._scale))
     by_rank = cut._replace(dim=0)
     scale = cast._scale if cast._block == TENSOR else gather_tokens(scale, by_rank)
     size = list(cast.shape)
     size[cut.dim] *= cut.ranks
     data = gather_tokens(data, by_rank)
-    return Float8Activation(data, scale, cast._block, cast.dtype, part, cut, size)
+    return Float8Activation(data, scale, cast._block, cast.dtype, part, cut, size, cast._inverse)
 
 
 def cast_activation(
@@ -373,6 +324,7 @@ def cast_activation(
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
     group_name: str,
+    across: bool = False,
 ) -> Float8Activation:
     """Cast this rank's part of an activation.
 
@@ -381,17 +333,30 @@ def cast_activation(
         block: as of (tokens, K).
         group_name: the ranks that hold the other parts: one scale for all takes one all-reduce of
             the amax.
+        across: cast in both orientations; for what has one scale and is multiplied as it is.
     """
     flat = x.reshape(-1, x.size(-1))
-    amax = None
     if block == TENSOR:
-        bits = numerics.amax(flat, block).float().view(torch.int32)
-        reduced = funcol.all_reduce(bits, "max", group_name)  # type: ignore[arg-type]
-        bits = funcol.wait_tensor(reduced)
-        amax = bits.view(torch.float32)
-    scaled = kernels.quantize(flat, block, float8_dtype, scale_format, amax)
+        amax = _c10d.wait_tensor.default(
+            _c10d.all_reduce.default(
+                numerics.amax(flat, block).float().view(torch.int32), "max", group_name
+            )
+        )
+        both = kernels.quantize_both(
+            flat, block, block if across else None, float8_dtype, scale_format, amax=amax
+        )
+        scaled, transposed = numerics.wanted(both[0]), both[1]
+        return Float8Activation(
+            scaled.data.view(x.shape),
+            scaled.scale.view(1),
+            block,
+            x.dtype,
+            inverse=None if scaled.inverse is None else scaled.inverse.view(1),
+            across=None if transposed is None else transposed.data,
+        )
+    scaled = kernels.quantize(flat, block, float8_dtype, scale_format)
     scale = scaled.scale.contiguous()
     if scale_format == "e8m0":
         scale = numerics.scale_to_exponent(scale)
-    scale = scale.view(1) if block == TENSOR else scale.view(*x.shape[:-1], scale.size(-1))
+    scale = scale.view(*x.shape[:-1], scale.size(-1))
     return Float8Activation(scaled.data.view(x.shape), scale, block, x.dtype)

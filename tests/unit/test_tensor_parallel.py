@@ -25,8 +25,9 @@ from fp8dist.tensor_parallel import (
     PrepareFloat8ModuleInput,
     _check,
 )
-from fp8dist.tensors import float8_activation
-from fp8dist.tensors.float8_activation import Cut, cast_activation, gather_tokens
+from fp8dist.tensors import gathering
+from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+from fp8dist.tensors.gathering import Cut, gather_tokens
 
 
 class Mesh:
@@ -83,6 +84,23 @@ def test_an_input_prepared_for_several_recipes_or_none(mesh: DeviceMesh) -> None
 def test_another_float8_dtype() -> None:
     with pytest.raises(ValueError, match="float8_e5m2"):
         PrepareFloat8ModuleInput(float8_dtype=torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
+def test_nothing_is_dequantized_on_its_way_to_a_matmul(
+    recipe: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would read and write all of it, and no result would show that."""
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(2)))
+    fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
+    styles = {
+        "0": Float8ColwiseParallel(input_layouts=Shard(0)),
+        "1": Float8RowwiseParallel(output_layouts=Shard(0)),
+    }
+    monkeypatch.setattr(Float8Activation, "dequantize", None)
+    x = torch.randn(32, 128, requires_grad=True)
+    parallelize_module(model, mesh, styles)(x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -186,7 +204,7 @@ def test_recomputed_layers_keep_nothing_that_was_gathered_again(
             gathered.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(float8_activation, "gather_tokens", gather)
+    monkeypatch.setattr(gathering, "gather_tokens", gather)
     loss = prepared(Recomputed(), mesh, "wq", "wk")(batch_of_one_rank()).sum()
     assert gathered == []
     loss.backward()

@@ -98,9 +98,15 @@ def test_an_activation_that_arrived_is_derived(name, content):
         assert_same(got, want)
 
 
-def test_one_scale_from_an_amax_that_is_known():
+@pytest.mark.parametrize("t_block", [None, (-1, -1)])
+def test_one_scale_from_an_amax_that_is_known(t_block):
     x = make((130, 384), "normal", torch.bfloat16)
     amax = torch.full((1, 1), 7.0).cuda()
-    got = kernels.quantize(x, (-1, -1), torch.float8_e5m2, "exact", amax)
+    args = (x, (-1, -1), t_block, torch.float8_e5m2, "exact")
+    got = kernels.quantize_both(*args, amax=amax.view(torch.int32))
+    for one, want in zip(got, numerics.quantize_both(*args, amax), strict=True):
+        assert (one is None) == (want is None)
+        if want is not None:
+            assert_same(one, want)
     scale = numerics.amax_to_scale(amax, torch.float8_e5m2, "exact")
-    assert_same(got, Scaled(numerics.cast(x, scale, torch.float8_e5m2), scale, (-1, -1)))
+    assert_same(got[0], Scaled(numerics.cast(x, scale, torch.float8_e5m2), scale, (-1, -1)))

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8dist import numerics
 from fp8dist.config import RECIPES, TENSOR
-from fp8dist.tensors.float8_activation import Cut, Float8Activation, cast_activation
+from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+from fp8dist.tensors.gathering import Cut
 
 B, S, K = 2, 6, 128
 NAMES = ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"]
@@ -73,6 +74,24 @@ ON_TOKENS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_ops_on_tokens_keep_float8(name: str, op: str, group: str) -> None:
     x = activation(name, group)
     same(ON_TOKENS[op](x), ON_TOKENS[op](x.dequantize()))
+
+
+@pytest.mark.parametrize("op", ON_TOKENS)
+def test_what_is_cast_in_both_orientations_stays_so_while_its_tokens_do(
+    op: str, group: str
+) -> None:
+    recipe = RECIPES["tensorwise"]
+    args = (recipe.input, recipe.input_dtype, recipe.scale_format, group)
+    x = cast_activation(hp(), *args, across=True)
+    found = ON_TOKENS[op](x)
+    same(found, ON_TOKENS[op](x.dequantize()))
+    across = found.transposed()
+    assert (across is not None) == (op in ("detach", "clone", "flatten tokens", "reshape"))
+    if across is not None:
+        data = found.scaled().data
+        assert torch.equal(across.data.view(torch.uint8), data.t().view(torch.uint8))
+        assert torch.equal(across.scale, found.scaled().scale)
+    assert torch.equal(numerics.wanted(found.scaled().inverse), 1 / found.scaled().scale)
 
 
 OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
