@@ -17,7 +17,7 @@ from fp8dist.numerics import AmaxPart, CastPart
 FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 # What was fastest on an H200: rows and columns of a tile, how many tiles, one below the other, a
 # program takes, and its warps. Amaxes of columns pay for few and tall programs.
-_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (32, 256, 4, 4)
+_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (64, 128, 4, 4)
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
@@ -171,7 +171,10 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             entries.append((*entry, *places_of))
         bm, bn, warps = _WEIGHT_AMAX_TILE
         blocks = alike[0].blocks
-        most = 8 if COLUMN in blocks else 1 if ROW in blocks else 2
+        if COLUMN in blocks:
+            bm, most = bm * 4 // x_base.element_size(), 8
+        else:
+            most = 1 if ROW in blocks else 2
         heights = tuple(bm * steps for steps in (8, 4, 2, 1) if steps <= most)
         table, matrices, height = _table(tuple(entries), heights, bn, _stream(x_base))
         launch_kernel(
