@@ -26,18 +26,18 @@ class Soaked:
     resident: list[int] = field(default_factory=list)
 
 
-def soak(recipe: str, steps: int) -> Soaked:
+def soak(recipe: str, steps: int, every: int = EVERY) -> Soaked:
     """On every rank: AdamW, clipping, two microbatches, recomputed activations, an evaluation and a
     state dict now and then. With deterministic algorithms, for a repetition to be one."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        return _soak(recipe, steps)
+        return _soak(recipe, steps, every)
     finally:
         torch.use_deterministic_algorithms(deterministic)
 
 
-def _soak(recipe: str, steps: int) -> Soaked:
+def _soak(recipe: str, steps: int, every: int) -> Soaked:
     model = convert(new_model(layers=1, recompute=True), recipe)
     shard(model, mesh_of(dist.get_world_size()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -56,7 +56,7 @@ def _soak(recipe: str, steps: int) -> Soaked:
         optimizer.zero_grad()
         found.losses.append(total / 2)
         found.seconds.append(time.perf_counter() - started)
-        if step % EVERY == EVERY - 1:
+        if step % every == every - 1:
             with torch.no_grad():
                 loss_of(model, local_batch(0))
             model.state_dict()

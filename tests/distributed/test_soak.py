@@ -3,11 +3,11 @@
 import math
 
 from tests.distributed.harness import run_on_ranks
-from tests.distributed.soaking import EVERY, Soaked, faults, soak
+from tests.distributed.soaking import Soaked, faults, soak
 
 
 def twice(recipe: str) -> tuple[list[str], list[float]]:
-    first, second = (soak(recipe, 3 * EVERY) for _ in range(2))
+    first, second = (soak(recipe, 24, every=8) for _ in range(2))
     return faults(first, second, warm_up=1), first.losses
 
 
