@@ -18,7 +18,7 @@ class Variant:
     recipe: str = "tensorwise"
     # aot_eager runs its graphs operation by operation: what the compiler captures, unfused.
     backend: str = "aot_eager"
-    layers: int = 2
+    layers: int = 1
     precompute: bool = True
     recompute: bool = False
     param_dtype: torch.dtype | None = None
@@ -62,6 +62,7 @@ VARIANTS = [
     Variant(precompute=False),
     Variant(recompute=True),
     Variant(param_dtype=torch.bfloat16),
+    # Two blocks do not recompile each other's graph either.
     *(Variant(recipe, layers=2 if recipe == "tensorwise" else 1) for recipe in RECIPE_NAMES),
 ]
 
@@ -84,7 +85,7 @@ FUSED = ["tensorwise", "rowwise", *(["rowwise_with_gw_hp"] if DEVICE == "cuda" e
 @needs_compiler
 @pytest.mark.parametrize("recipe", FUSED)
 def test_the_fused_graph_changes_nothing_but_rounding(recipe: str) -> None:
-    variant = Variant(recipe, backend="inductor", layers=1)
+    variant = Variant(recipe, backend="inductor")
     for compiled, eager in run_on_ranks(2, compiled_and_eager, variant, 2):
         # Fused, norms and softmax round otherwise in the last bit, which may round an element of
         # float8 to its neighbour; float32 instead of float8 changes these losses by some 3e-3.

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
+    "--model.flavor=debugmodel:1",
     "--training.steps=3",
     "--training.seq_len=64",
     "--training.local_batch_size=2",

@@ -92,9 +92,11 @@ def shard(model: Llama, mesh: DeviceMesh, **options: Any) -> Llama:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def float8_model(mesh: DeviceMesh, config: Any = "tensorwise", **options: Any) -> Llama:
+def float8_model(
+    mesh: DeviceMesh, config: Any = "tensorwise", layers: int = 2, **options: Any
+) -> Llama:
     """Converted and sharded."""
-    model = new_model()
+    model = new_model(layers=layers)
     convert(model, config)
     return shard(model, mesh, **options)
 
