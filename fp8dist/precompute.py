@@ -1,8 +1,13 @@
-"""amaxes -> one all-reduce -> scales -> payloads, on plain tensors."""
+"""amaxes -> one all-reduce -> scales -> payloads, on plain tensors.
+
+All of it is done at every step, for every weight of a model: what follows from a `Shard` alone is
+computed once, and what is the same for all weights in one go.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -60,7 +65,7 @@ class Shard:
         sizes = zip(self.largest, self.size, strict=True)
         return any(most < extent <= most * (self.world - 1) for most, extent in sizes)
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether the scales travel in the payload, each row's after its elements.
 
@@ -72,7 +77,7 @@ class Shard:
         even_rows = even_rows and (self.experts is None or self.experts[0] == self.experts[1])
         return self.recipe.scale_format == "e8m0" and even_rows
 
-    @property
+    @cached_property
     def reduced_blocks(self) -> list[Block]:
         """The blocks whose amaxes are exchanged between ranks.
 
@@ -88,7 +93,12 @@ class Shard:
             return [recipe.weight]
         return [recipe.weight, recipe.weight_for_grad_input]
 
-    @property
+    @cached_property
+    def amax_sizes(self) -> list[Size]:
+        """How many amaxes the weight has, along each dimension, for each of `reduced_blocks`."""
+        return [scales_size(self.whole, block) for block in self.reduced_blocks]
+
+    @cached_property
     def exponent_words(self) -> tuple[int, int, int]:
         """Rows, chunks of columns and words in which the e8m0 scales are exchanged.
 
@@ -111,7 +121,7 @@ class Shard:
             (i * count, (first + i) * rows + row, count) for i in range(self.data.size(0) // count)
         ]
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """`pieces`, in one where they lie together in the weight too."""
         if self.experts is None or self.experts[0] == self.experts[1]:
@@ -120,6 +130,8 @@ class Shard:
 
     def of_part(self, per_block: torch.Tensor, block: Block) -> torch.Tensor:
         """What belongs to the part, a view, of a tensor with an element per block of the weight."""
+        if self.size == self.whole:
+            return per_block
         for dim, side in enumerate(block):
             if side != WHOLE:
                 start, extent = self.part_start[dim] // side, self.size[dim] // side
@@ -154,7 +166,7 @@ def compute_scales(
         ends: for each weight, where its amaxes end in `amaxes`.
     """
     regions = [(shard, block) for shard in shards for block in shard.reduced_blocks]
-    sizes = [scales_size(shard.whole, block) for shard, block in regions]
+    sizes = [size for shard in shards for size in shard.amax_sizes]
     amax_count = sum(rows * columns for rows, columns in sizes)
     word_sizes = [shard.exponent_words for shard in shards]
     word_counts = [math.prod(size) for size in word_sizes]
@@ -167,7 +179,8 @@ def compute_scales(
     parts = [part.view(size) for part, size in zip(_split(amaxes, sizes), sizes, strict=True)]
     _fill_amaxes(shards, parts)
     for shard, shard_words in zip(shards, all_words, strict=True):
-        _fill_exponents(shard, shard_words)
+        if shard_words.numel() > 0:
+            _fill_exponents(shard, shard_words)
     if flat.numel() > 0:
         for group in groups:
             all_reduce_amaxes(flat, group)
@@ -178,10 +191,7 @@ def compute_scales(
         else [next(scales) for _ in shard.reduced_blocks]
         for shard, shard_words in zip(shards, all_words, strict=True)
     ]
-    counts = [
-        sum(math.prod(scales_size(shard.whole, block)) for block in shard.reduced_blocks)
-        for shard in shards
-    ]
+    counts = [sum(rows * columns for rows, columns in shard.amax_sizes) for shard in shards]
     return by_weight, amaxes, list(accumulate(counts))
 
 
@@ -197,10 +207,12 @@ def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
         if shard.data.numel() == 0 or not blocks:
             continue
         mine = [shard.of_part(*of_block) for of_block in zip(of_weight, blocks, strict=True)]
-        # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard is on
-        # the CPU and the buffer is not.
-        targets = [amax.to(shard.data.device).contiguous() for amax in mine]
-        copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
+        targets = mine
+        if shard.size != shard.whole or shard.data.device != mine[0].device:
+            # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard is
+            # on the CPU and the buffer is not.
+            targets = [amax.to(shard.data.device).contiguous() for amax in mine]
+            copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
         if shard.experts is None:
             parts.append(AmaxPart(shard.data, shard.start, blocks, targets))
         else:
@@ -235,7 +247,7 @@ _FLIP = -(2**31)
 def _fill_exponents(shard: Shard, words: torch.Tensor) -> None:
     """Write a shard's e8m0 scales into its part of `exponent_words`, int32; the rest is least."""
     words.fill_(_FLIP)
-    if shard.data.numel() == 0 or words.numel() == 0:
+    if shard.data.numel() == 0:
         return
     recipe = shard.recipe
     amaxes = numerics.amax(shard.data, recipe.weight)

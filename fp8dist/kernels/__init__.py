@@ -1,8 +1,8 @@
 """Twins of `fp8dist.numerics` that run where the tensor is, on a GPU as Triton kernels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -98,6 +98,19 @@ def _in_rows(x: torch.Tensor) -> bool:
     return ops.has_kernels(x) and x.stride(1) == 1
 
 
+_Part = TypeVar("_Part")
+
+
+def _divided(
+    parts: Sequence[_Part], condition: Callable[[_Part], bool]
+) -> tuple[list[_Part], list[_Part]]:
+    """Those for which it holds, and the others."""
+    divided: tuple[list[_Part], list[_Part]] = [], []
+    for part in parts:
+        divided[not condition(part)].append(part)
+    return divided
+
+
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
     """See `numerics.fill_amaxes`."""
 
@@ -110,9 +123,10 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
         )
 
-    if for_kernel := [part for part in parts if in_kernel(part)]:
+    for_kernel, others = _divided(parts, in_kernel)
+    if for_kernel:
         ops.launch.fill_amaxes(for_kernel)
-    numerics.fill_amaxes([part for part in parts if not in_kernel(part)])
+    numerics.fill_amaxes(others)
 
 
 def cast_into(parts: Sequence[CastPart]) -> None:
@@ -124,6 +138,7 @@ def cast_into(parts: Sequence[CastPart]) -> None:
         at_block = side == WHOLE or part.start[1] % side == part.x.size(1) % side == 0
         return _in_rows(part.x) and at_block
 
-    if for_kernel := [part for part in parts if in_kernel(part)]:
+    for_kernel, others = _divided(parts, in_kernel)
+    if for_kernel:
         ops.launch.cast_into(for_kernel)
-    numerics.cast_into([part for part in parts if not in_kernel(part)])
+    numerics.cast_into(others)
