@@ -64,7 +64,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], first: int = 0)
     ("worlds", "flags"),
     [
         ((2, 4), ["--model.converters="]),
-        ((2, 4), [f"{SECTION}.recipe_name=tensorwise"]),
+        ((2,), [f"{SECTION}.recipe_name=tensorwise"]),
         ((2, 4), [f"{SECTION}.recipe_name=rowwise"]),
         ((2,), [f"{SECTION}.recipe_name=rowwise_with_gw_hp", f"{SECTION}.filter_fqns=w2"]),
         ((2,), [f"{SECTION}.filter_fqns=wk,output", "--activation_checkpoint.mode=full"]),
