@@ -69,7 +69,10 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_the_graph_computes_what_eager_does(variant: Variant) -> None:
-    for compiled, eager in run_on_ranks(2, compiled_and_eager, variant, 2):
+    # The graph takes what has been gathered, from one rank too; test_compose compiles the others on
+    # several.
+    world = 2 if variant.recipe in ("tensorwise", "rowwise") else 1
+    for compiled, eager in run_on_ranks(world, compiled_and_eager, variant, world):
         assert compiled == eager
 
 

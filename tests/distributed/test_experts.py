@@ -272,9 +272,19 @@ def in_one_process(
     return found
 
 
-@pytest.mark.parametrize("kind", [StackedExperts, FusedExperts])
 @pytest.mark.parametrize(
-    ("mesh", "dim"), [((1,), 0), ((2,), 0), ((3,), 0), ((2,), 1), ((2, 2), 0)], ids=str
+    ("kind", "mesh", "dim"),
+    [
+        (StackedExperts, (1,), 0),
+        (StackedExperts, (2,), 0),
+        (StackedExperts, (3,), 0),
+        (StackedExperts, (2,), 1),
+        (StackedExperts, (2, 2), 0),
+        # One of the layouts of ranks on each dimension: test_any_placement has weights on all.
+        (FusedExperts, (3,), 0),
+        (FusedExperts, (2,), 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
 def test_as_in_one_process(recipe: str, mesh: tuple[int, ...], dim: int, kind: Any) -> None:

@@ -46,7 +46,7 @@ def mesh() -> Any:
 
 
 def unconverted() -> Llama:
-    return shard(new_model(), mesh())
+    return shard(new_model(layers=1), mesh())
 
 
 def scaled(model: Llama, factor: float) -> Llama:
@@ -64,7 +64,7 @@ def signature(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_and_aliasing(recipe: str) -> None:
-    model = float8_model(mesh(), recipe)
+    model = float8_model(mesh(), recipe, layers=1)
     expected = signature(unconverted().state_dict())
     assert {kind for *_, kind in expected.values()} == {torch.Tensor}
     for used in (False, True):
@@ -83,7 +83,7 @@ def plain_and_aliasing(recipe: str) -> None:
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     # Only the first rank is given the full state dict.
-    weights = new_model().cpu().state_dict() if dist.get_rank() == 0 else {}
+    weights = new_model(layers=1).cpu().state_dict() if dist.get_rank() == 0 else {}
     assert same_bits(dict(loaded), dict(weights))
     assert all(type(value) is torch.Tensor for value in loaded.values())
 
@@ -155,7 +155,7 @@ def meta_to_empty_then_dcp(target: Llama, source: Llama, folder: str) -> Llama:
 
 def on_meta() -> Llama:
     with torch.device("meta"):
-        model = Llama()
+        model = Llama(layers=1)
     return shard(convert(model), mesh())
 
 
@@ -189,9 +189,9 @@ def gathers_and_loss(model: Llama, number: int = 1) -> tuple[list[str], float]:
 
 def loaded(way: Load, folder: str) -> None:
     """Into a model that has trained, from one without float8 layers."""
-    expected = gathers_and_loss(scaled(float8_model(mesh()), 1.5))
+    expected = gathers_and_loss(scaled(float8_model(mesh(), layers=1), 1.5))
     assert expected[0] != gathers_and_loss(unconverted())[0]
-    target = float8_model(mesh())
+    target = float8_model(mesh(), layers=1)
     optimizer = torch.optim.AdamW(target.parameters())
     fp8dist.register_precompute_hook(optimizer, target)
     loss_of(target, local_batch(0)).backward()
@@ -206,7 +206,7 @@ def loaded(way: Load, folder: str) -> None:
     optimizer.step()
     optimizer.zero_grad()
     gathers, loss = gathers_and_loss(target)
-    fresh = float8_model(mesh())
+    fresh = float8_model(mesh(), layers=1)
     fresh.load_state_dict(target.state_dict())
     assert (gathers, loss) == gathers_and_loss(fresh)
     assert gathers == expected[0] and loss != expected[1]
@@ -219,7 +219,7 @@ def test_loading_keeps_the_float8_gather(way: Load, tmp_path: Any) -> None:
 
 def train_and_save(recipe: str, folder: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     """A step, a checkpoint, and the losses of the two steps after it."""
-    model = float8_model(mesh(), recipe)
+    model = float8_model(mesh(), recipe, layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     fp8dist.register_precompute_hook(optimizer, model)
     take_step(model, optimizer, 0)
@@ -241,7 +241,7 @@ def take_step(model: Llama, optimizer: torch.optim.Optimizer, number: int) -> fl
 
 def resume(recipe: str | None, folder: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     """What has been loaded, and the losses of two steps."""
-    model = unconverted() if recipe is None else float8_model(mesh(), recipe)
+    model = unconverted() if recipe is None else float8_model(mesh(), recipe, layers=1)
     scaled(model, 0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if recipe is not None:
