@@ -25,7 +25,7 @@ def scaled_matmul(
     the view is used as it is.
 
     Args:
-        a: (M, K). b: (N, K).
+        a: (M, K). b: (N, K). K may be padded with zeros to a multiple of 16 in one of them.
         output_dtype: float32, bfloat16 or float16. The hardware's matmuls of rows and blocks
             write bfloat16, which is then cast.
 
@@ -75,6 +75,9 @@ def scaled_matmul(
 def _dequantized_matmul(
     a: Scaled, b: Scaled, output_dtype: torch.dtype, recipe: Recipe
 ) -> torch.Tensor:
+    # Tokens have no padding in what arrived from other ranks, and have in what was cast here.
+    if a.data.size(1) != b.data.size(1):
+        a, b = (x._replace(data=_aligned(x.data)) for x in (a, b))
     a_hp, b_hp = (numerics.dequantize(x.data, x.scale) for x in (a, b))
     # float8 times a power of two is exact in bfloat16, which tensor cores multiply much faster.
     if a_hp.is_cuda and output_dtype == torch.bfloat16 and recipe.scale_format != "exact":

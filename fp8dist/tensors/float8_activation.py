@@ -115,12 +115,8 @@ class Float8Activation(torch.Tensor):
         return Scaled(data, scale, self._block, inverse)
 
     def transposed(self) -> Scaled | None:
-        """Data as (K, tokens), if it was cast so too."""
-        if self._across is None:
-            return None
-        scaled = self.scaled()
-        # Without the padding: the other operand of grad_weight has none if it was transposed.
-        return scaled._replace(data=self._across.narrow(1, 0, scaled.data.size(0)))
+        """Data as (K, tokens), padded, if it was cast so too."""
+        return None if self._across is None else self.scaled()._replace(data=self._across)
 
     def dequantize(self) -> torch.Tensor:
         """The value: (..., K), `dtype`."""

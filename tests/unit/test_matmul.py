@@ -118,6 +118,20 @@ def test_contracted_tokens_of_any_number(
     assert torch.equal(found.double(), exact(grad_output, input))
 
 
+@pytest.mark.parametrize("emulate", [False, True])
+def test_tokens_that_are_padded_in_one_operand(
+    float8_hardware: list[dict[str, Any]], emulate: bool
+) -> None:
+    """What arrived from other ranks is transposed without padding."""
+    a, b = (operand(rows, 17, E4M3, 2.0, seed=rows) for rows in (32, 16))
+    padded = [x._replace(data=matmul._aligned(x.data)) for x in (a, b)]
+    for args in ((padded[0], b), (a, padded[1])):
+        found = scaled_matmul(*args, torch.float32, TENSORWISE, emulate=emulate)
+        assert torch.equal(found.double(), exact(a, b))
+    with pytest.raises((RuntimeError, ValueError), match="cannot be multiplied"):
+        scaled_matmul(padded[0], operand(16, 48, E4M3, 2.0, seed=0), torch.float32, TENSORWISE)
+
+
 def test_padding_adds_zeros_and_only_where_needed() -> None:
     x = operand(4, 19, E4M3, 1.0, seed=0).data
     padded = matmul._aligned(x)

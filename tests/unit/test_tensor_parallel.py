@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import (
     checkpoint,
@@ -131,6 +131,23 @@ def test_one_rank_gives_what_the_layer_gives(recipe: str, mesh: DeviceMesh) -> N
             assert isinstance(found, torch.Tensor)
             found = found if use_local_output else found.full_tensor()
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [Shard(0), Replicate()], ids=str)
+def test_tokens_of_any_number(layout: Placement, mesh: DeviceMesh) -> None:
+    """Of the operands of grad_weight, what has arrived is not padded, and what is cast here is."""
+    styles = [
+        Float8ColwiseParallel(input_layouts=layout),
+        Float8RowwiseParallel(input_layouts=Replicate(), output_layouts=layout),
+    ]
+    for style in styles:
+        model = nn.Sequential(layer("tensorwise", 128, 128))
+        x = torch.randn(10, 128)
+        model(x).square().sum().backward()
+        expected = model[0].weight.grad
+        model.zero_grad()
+        parallelize_module(model, mesh, {"0": style})(x).square().sum().backward()
+        torch.testing.assert_close(model[0].weight.grad.full_tensor(), expected, rtol=0, atol=0)
 
 
 def parallel(recipe: str, mesh: DeviceMesh) -> nn.Module:
