@@ -30,9 +30,10 @@ def in_kernels(x: torch.Tensor) -> bool:
     """Whether x, (M, N), is cast by a kernel.
 
     Not if M is 1: that is a constant to Triton then, and version 3.6 compiles masks of rows
-    wrongly: rows come through that do not exist. `numerics` does one row.
+    wrongly: rows come through that do not exist. `numerics` does one row. And none: nothing is cast
+    then, but a scale that is known is that of other ranks' rows, too.
     """
-    return has_kernels(x) and x.size(0) != 1
+    return has_kernels(x) and x.size(0) > 1
 
 
 # [Note: only in backward]

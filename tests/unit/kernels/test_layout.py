@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8dist.config import RECIPES
+from fp8dist.kernels import ops
 from fp8dist.kernels.layout import sizes_of
 
 M, N = 24, 128
@@ -57,6 +58,11 @@ def test_the_op_keeps_what_it_promises(name: str, shape: tuple[int, int]) -> Non
         torch.library.opcheck(torch.ops.fp8dist.quantize.default, (torch.randn(shape), *args))
     for x in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8)):
         torch.library.opcheck(torch.ops.fp8dist.transpose.default, (x, None))
+
+
+def test_kernels_get_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "has_kernels", lambda _: True)
+    assert [ops.in_kernels(torch.empty(rows, 4)) for rows in range(3)] == [False, False, True]
 
 
 def test_scales_of_blocks_are_written_column_by_column() -> None:
