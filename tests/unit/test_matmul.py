@@ -118,17 +118,14 @@ def test_contracted_tokens_of_any_number(
     assert torch.equal(found.double(), exact(grad_output, input))
 
 
-@pytest.mark.parametrize("emulate", [False, True])
-def test_tokens_that_are_padded_in_one_operand(
-    float8_hardware: list[dict[str, Any]], emulate: bool
-) -> None:
+def test_tokens_that_are_padded_in_one_operand() -> None:
     """What arrived from other ranks is transposed without padding."""
     a, b = (operand(rows, 17, E4M3, 2.0, seed=rows) for rows in (32, 16))
     padded = [x._replace(data=matmul._aligned(x.data)) for x in (a, b)]
     for args in ((padded[0], b), (a, padded[1])):
-        found = scaled_matmul(*args, torch.float32, TENSORWISE, emulate=emulate)
+        found = scaled_matmul(*args, torch.float32, TENSORWISE)
         assert torch.equal(found.double(), exact(a, b))
-    with pytest.raises((RuntimeError, ValueError), match="cannot be multiplied"):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         scaled_matmul(padded[0], operand(16, 48, E4M3, 2.0, seed=0), torch.float32, TENSORWISE)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from torch.utils.checkpoint import (
 )
 
 import fp8dist
-from fp8dist import Float8Config, Float8Linear
-from fp8dist.config import RECIPES
+from fp8dist import Float8Config, Float8Linear, kernels
+from fp8dist.config import RECIPES, Block
+from fp8dist.numerics import Scaled
 from fp8dist.tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
@@ -86,21 +88,61 @@ def test_another_float8_dtype() -> None:
         PrepareFloat8ModuleInput(float8_dtype=torch.float8_e5m2)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
-def test_nothing_is_dequantized_on_its_way_to_a_matmul(
-    recipe: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which would read and write all of it, and no result would show that."""
+def columns_and_rows(recipe: str, mesh: DeviceMesh) -> nn.Sequential:
+    """Two layers: one gathers its input, the other the gradient of its output."""
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(2)))
     fp8dist.convert_to_float8_training(model, config=Float8Config(recipe, emulate=True))
     styles = {
         "0": Float8ColwiseParallel(input_layouts=Shard(0)),
         "1": Float8RowwiseParallel(output_layouts=Shard(0)),
     }
+    return parallelize_module(model, mesh, styles)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8_rceil"])
+def test_nothing_is_dequantized_on_its_way_to_a_matmul(
+    recipe: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would read and write all of it, and no result would show that."""
+    model = columns_and_rows(recipe, mesh)
     monkeypatch.setattr(Float8Activation, "dequantize", None)
+    # As on a GPU, where weights of all recipes are transposed by ops.
+    monkeypatch.setattr(kernels.ops, "has_kernels", lambda x: x.dtype == torch.float8_e4m3fn)
+    monkeypatch.setattr(kernels.ops, "in_kernels", lambda _: False)
     x = torch.randn(32, 128, requires_grad=True)
-    parallelize_module(model, mesh, styles)(x).sum().backward()
+    model(x).sum().backward()
     assert x.grad is not None
+
+
+class Counting:
+    """Of casts, in one orientation or two, and of transposes."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+
+    def casts(self, x: torch.Tensor, block: Block | None, transposed_block: Block | None) -> None:
+        self.found[f"casts in {sum(b is not None for b in (block, transposed_block))}"] += 1
+
+    def transposes(self, weight: Scaled, block: Block, new_scale: torch.Tensor | None) -> None:
+        self.found["transposes"] += 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_has_one_scale_is_transposed_only_if_it_was_gathered(
+    frozen: bool, mesh: DeviceMesh
+) -> None:
+    """Neither kind of work shows in a result."""
+    model, counting = columns_and_rows("tensorwise", mesh), Counting()
+    for linear in model:
+        linear.weight.requires_grad_(not frozen)
+    x = torch.randn(32, 128, requires_grad=True)
+    with kernels.watched(counting):
+        model(x).sum().backward()
+    # Two activations and two gradients, one each gathered; both weights are transposed.
+    if frozen:
+        assert counting.found == {"casts in 1": 4, "transposes": 2}
+    else:
+        assert counting.found == {"casts in 1": 2, "casts in 2": 2, "transposes": 2 + 2}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
