@@ -97,7 +97,7 @@ class _Float8Matmul(torch.autograd.Function):
         recipe = config.recipe
         # In here gradients are off, whether or not there will be a backward.
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
-        later = isinstance(input, Float8Activation) and input.transposed() is None
+        later = isinstance(input, Float8Activation) and input._across is None
         block = recipe.input_for_grad_weight if needs_weight_grad and not later else None
         scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
         saved: tuple[torch.Tensor, ...] = (input,)

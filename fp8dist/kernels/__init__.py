@@ -78,7 +78,8 @@ def quantize(
     """See `numerics.quantize`."""
     if _watcher is not None:
         _watcher.casts(x, block, None)
-    return ops.quantize(x, block, float8_dtype, scale_format)
+    scaled, _ = ops.quantize_both(x, block, None, float8_dtype, scale_format)
+    return numerics.wanted(scaled)
 
 
 def rescale_transposed(

@@ -171,16 +171,6 @@ def quantize_both(
     return scaled, transposed
 
 
-def quantize(
-    x: torch.Tensor, block: Block, float8_dtype: torch.dtype, scale_format: ScaleFormat
-) -> Scaled:
-    """`numerics.quantize`."""
-    data, scale, _, _ = torch.ops.fp8dist.quantize.default(
-        x, block, None, float8_dtype, scale_format, None, None, None, None
-    )
-    return _scaled(data, scale, block, kind_of(block) == "own")
-
-
 def _scaled(data: torch.Tensor, scales: torch.Tensor, block: Block, by_column: bool) -> Scaled:
     *inverse, scale = (part.t() if by_column else part for part in scales.unbind())
     return Scaled(data, scale, block, *inverse)

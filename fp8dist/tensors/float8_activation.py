@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from fp8dist import async_tp, kernels, numerics
 from fp8dist.config import ROW, TENSOR, Block, ScaleFormat
 from fp8dist.numerics import Scaled
-from fp8dist.tensors.gathering import Again, Cut, GatheredAgain, gather_tokens, in_order
+from fp8dist.tensors.gathering import Again, Cut, GatheredAgain, gather_tokens, in_order, largest
 
 aten = torch.ops.aten
 _c10d = torch.ops._c10d_functional
@@ -225,7 +225,8 @@ class Float8Activation(torch.Tensor):
         if func is aten.permute.default and args[0][-1] % self.dim() == last:
             return self._with(func(data, *args), scale if one_scale else func(scale, *args))
         if func in _WAIT_OPS:
-            return self._as_is(*(_c10d.wait_tensor.default(part) for part in (data, scale)))
+            waited = _c10d.wait_tensor.default
+            return self._as_is(waited(data), scale if one_scale else waited(scale))
         if func in _VIEW_OPS:
             viewed = func(data.view(torch.uint8), *args).view(data.dtype)
             if viewed.size(-1) != data.size(-1):
@@ -302,9 +303,8 @@ def gather_activation(
     # With scales of other blocks the compiler overlaps nothing.
     if cast._block not in (TENSOR, ROW) or not async_tp.is_on_for(cut.group_name):
         gathered: Any = gather_tokens(cast, cut)
-        out = Float8Activation(gathered._data, gathered._scale, cast._block, cast.dtype, part, cut)
-        out._inverse = gathered._inverse
-        return out
+        data, scale, inverse = gathered._data, gathered._scale, gathered._inverse
+        return Float8Activation(data, scale, cast._block, cast.dtype, part, cut, None, inverse)
     data, scale = (x.reshape(-1, x.size(-1)) for x in (cast._data, cast._scale))
     by_rank = cut._replace(dim=0)
     scale = cast._scale if cast._block == TENSOR else gather_tokens(scale, by_rank)
@@ -333,11 +333,7 @@ def cast_activation(
     """
     flat = x.reshape(-1, x.size(-1))
     if block == TENSOR:
-        amax = _c10d.wait_tensor.default(
-            _c10d.all_reduce.default(
-                numerics.amax(flat, block).float().view(torch.int32), "max", group_name
-            )
-        )
+        amax = largest(numerics.amax(flat, block).float().view(torch.int32), group_name)
         both = kernels.quantize_both(
             flat, block, block if across else None, float8_dtype, scale_format, amax=amax
         )

@@ -1,4 +1,4 @@
-"""Gathers of tokens that ranks have cut, and gathers of the same a second time."""
+"""Traceable collectives: gathers of tokens that ranks have cut, also a second time, and amaxes."""
 
 import weakref
 from collections.abc import Sequence
@@ -66,6 +66,15 @@ def gather_tokens(part: torch.Tensor, cut: Cut) -> torch.Tensor:
     if cut.dim == 0:
         return gathered
     return torch.cat(torch.chunk(gathered, cut.ranks, dim=0), dim=cut.dim)
+
+
+def largest(amax_bits: torch.Tensor, group_name: str) -> torch.Tensor:
+    """The largest of all ranks, of amaxes as int32: see `precompute.all_reduce_amaxes`.
+
+    `torch.distributed._functional_collectives.all_reduce` waits, when it is traced, and its result
+    has to be waited for, when it is not.
+    """
+    return _c10d.wait_tensor.default(_c10d.all_reduce.default(amax_bits, "max", group_name))
 
 
 def in_order(x: torch.Tensor, tokens: Sequence[int], cut: Cut | None) -> torch.Tensor:

@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 
 from fp8dist import numerics
 from fp8dist.config import RECIPES, WHOLE, Block, Recipe
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from fp8dist.tensors.gathering import largest
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 
 
@@ -49,8 +49,7 @@ def _amaxes_of_whole(
         # On the int32 view, see `precompute.all_reduce_amaxes`. None is negative, but torch 2.11's
         # compiler fails to communicate a view of that kind with nothing done to it.
         flat = torch.cat([amaxes[i].flatten() for i in cut]).view(torch.int32).clamp(min=0)
-        reduced = funcol.all_reduce(flat, "max", group_name)  # type: ignore[arg-type]
-        flat = funcol.wait_tensor(reduced).view(torch.float32)
+        flat = largest(flat, group_name).view(torch.float32)
         counts = [math.prod(amaxes[i].shape) for i in cut]
         for i, part in zip(cut, flat.split(counts), strict=True):
             amaxes[i] = part.view(amaxes[i].shape)

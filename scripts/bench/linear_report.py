@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+from harness import markdown_table
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
@@ -51,7 +52,7 @@ def draw(rows: Rows) -> Figure:
     label = "speed-up over bfloat16"
     figure.colorbar(image, ax=lines, label=label, extend="both", extendfrac=0.02, aspect=50)
     figure.suptitle(
-        "layer norm, linear, sigmoid, compiled: speed-up of forward and backward over bfloat16\n"
+        "layer norm, linear, sigmoid: speed-up of forward and backward over bfloat16\n"
         f"{gpus} · torch {torches} · torchao {torchaos} · {dates}",
         fontsize="medium",
     )
@@ -129,10 +130,9 @@ def implied_thresholds(rows: Rows) -> dict[str, dict[str, tuple[Thresholds, Spee
 def print_summary(rows: Rows) -> None:
     """Print a Markdown table: the median speed-up of each variant, and how many sizes gain."""
     ms = sorted({row.m for row in rows})
-    print("| variant | " + " | ".join(f"M {m}" for m in ms) + " |")
-    print("|---" * (1 + len(ms)) + "|")
+    lines = []
     for variant in dict.fromkeys(row.variant for row in rows):
-        cells = []
+        cells = [variant]
         for m in ms:
             speedups = [row.speedup for row in rows if (row.variant, row.m) == (variant, m)]
             if variant == "bf16" or not speedups:
@@ -140,7 +140,8 @@ def print_summary(rows: Rows) -> None:
                 continue
             gain = sum(speedup > 1 for speedup in speedups)
             cells.append(f"{statistics.median(speedups):.2f} ({gain} of {len(speedups)} gain)")
-        print(f"| {variant} | " + " | ".join(cells) + " |")
+        lines.append(cells)
+    print(markdown_table(["variant", *(f"M {m}" for m in ms)], lines))
 
 
 def print_thresholds(rows: Rows) -> None:

@@ -1,8 +1,12 @@
 """Modules of a plan that are compiled alone: the compiler calls their hooks before it traces."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -25,6 +29,8 @@ from tests.distributed.tp_block import (
     sqnr,
     tp_mesh,
 )
+
+c10d = torch.ops._c10d_functional
 
 PREPARE = {
     "": PrepareFloat8ModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
@@ -62,6 +68,39 @@ def compiled(recipe: str, whole: bool) -> list[float]:
 def test_modules_that_are_compiled_alone(recipe: str, whole: bool) -> None:
     for found in run_on_ranks(2, compiled, recipe, whole):
         assert min(found) > least_db(recipe)
+
+
+def needless_waits(recipe: str) -> list[str]:
+    """In the graphs of a block, forward and backward: for what no collective gives, or for an amax
+    again. (torch's DTensors wait for their sums twice, and gloo's bytes are waited for before.)"""
+    found: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.target is not c10d.wait_tensor.default:
+                continue
+            (source,) = node.all_input_nodes
+            if source.target is c10d.wait_tensor.default:
+                if source.meta["val"].dtype == torch.int32:
+                    found.append(f"{node} for {source}")
+            while source.target is torch.ops.aten.view.dtype:
+                source = source.all_input_nodes[0]
+            if getattr(source.target, "namespace", "") != "_c10d_functional":
+                found.append(f"{node} for {source}")
+        return make_boxed_func(graph.forward)
+
+    mesh = tp_mesh()
+    torch._dynamo.reset()
+    block = parallelize_module(block_of(recipe), mesh, plan())
+    block.compile(fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    block(part(batch(1), mesh)).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_nothing_is_waited_for_needlessly(recipe: str) -> None:
+    """A wait takes the host as long as a cast; no result would show it."""
+    assert run_on_ranks(2, needless_waits, recipe) == [[], []]
 
 
 def graphs_of_blocks(recipe: str) -> int:

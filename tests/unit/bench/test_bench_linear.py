@@ -199,6 +199,17 @@ def test_a_variant_that_a_file_does_not_have_is_refused(file: str) -> None:
         bench_linear.main([f"--thresholds={file}", "--variants=bf16,fp8dist:blockwise"])
 
 
+def test_what_is_only_compiled_is_compared_and_not_timed(
+    one_rank: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_linear, "median_seconds", None)
+    variants = [bench_linear.Variant.parse(name) for name in ("bf16", "fp8dist:rowwise")]
+    assert bench_linear.measure_shape(variants, 64, 128, 128, False, timed=False) == ([], True)
+    monkeypatch.setattr(bench_linear, "LOWEST_SQNR", 100.0)
+    assert bench_linear.measure_shape(variants, 64, 128, 128, False, timed=False) == ([], False)
+    assert "fp8dist:rowwise is not timed for M 64, N 128, K 128" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ["--compile-only", "--variants=bf16"])
 def test_nothing_to_draw_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

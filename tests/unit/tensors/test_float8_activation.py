@@ -1,6 +1,7 @@
 """`Float8Activation`: what ops on tokens, and other ops, make of it; its collectives."""
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fp8dist import numerics
 from fp8dist.config import RECIPES, TENSOR
-from fp8dist.tensors.float8_activation import Float8Activation, cast_activation
+from fp8dist.tensors import float8_activation
+from fp8dist.tensors.float8_activation import (
+    Float8Activation,
+    cast_activation,
+    gather_activation,
+)
 from fp8dist.tensors.gathering import Cut
 
 B, S, K = 2, 6, 128
@@ -93,6 +99,22 @@ def test_what_is_cast_in_both_orientations_stays_so_while_its_tokens_do(
         assert torch.equal(across.data.view(torch.uint8), padded)
         assert torch.equal(across.scale, found.scaled().scale)
     assert torch.equal(numerics.wanted(found.scaled().inverse), 1 / found.scaled().scale)
+
+
+def test_a_gathered_one_keeps_the_reciprocal_of_its_scale(group: str) -> None:
+    recipe = RECIPES["tensorwise"]
+    args = (recipe.input, recipe.input_dtype, recipe.scale_format, group)
+    cast = cast_activation(hp(), *args, across=True)
+    for by_rank in (False, True):
+        # gloo gathers bytes only; of one rank there is nothing to gather.
+        with (
+            mock.patch.object(float8_activation.async_tp, "is_on_for", return_value=by_rank),
+            mock.patch.object(float8_activation, "gather_tokens", lambda x, _: x.detach()[:]),
+        ):
+            gathered = gather_activation(cast, Cut(1, 1, group), None)
+        assert gathered._by_rank == by_rank
+        assert gathered._inverse is cast._inverse is not None
+        assert gathered.transposed() is None  # of other ranks' tokens nothing was transposed
 
 
 OTHERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
