@@ -17,15 +17,18 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def _has_float8_casts(index: int) -> bool:
+    return torch.version.hip is None and _capability(index) >= (8, 9)
+
+
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def has_float8_casts(device: torch.device) -> bool:
     """Whether the device converts to and from float8 itself, as Triton's casts need it to."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return _capability(_index(device)) >= (8, 9)
+    return device.type == "cuda" and _has_float8_casts(_index(device))
 
 
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:

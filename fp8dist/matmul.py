@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
-from fp8dist import async_tp, hardware, numerics
+from fp8dist import hardware, numerics
 from fp8dist.config import ROW, TENSOR, Recipe
 from fp8dist.numerics import Scaled
 
@@ -45,7 +45,9 @@ def scaled_matmul(
     a_scale, b_scale = _hardware_scale(a), _hardware_scale(b)
     b_scale = b_scale.t() if b.block == ROW else b_scale
     hardware_dtype = output_dtype if tensorwise else torch.bfloat16
-    if async_tp.is_on() and a.block in (TENSOR, ROW):  # the op that the compiler looks for
+    if a.block in (TENSOR, ROW):
+        # Not `F.scaled_mm`: the compiler has memory for the result of this, and overlaps it with
+        # all-gathers, and lists of what recomputation keeps have it.
         output = torch._scaled_mm(
             a_data,
             b_data.t(),
@@ -86,8 +88,6 @@ def _dequantized_matmul(
 
 
 _SCALING_TYPES = {
-    TENSOR: ScalingType.TensorWise,
-    ROW: ScalingType.RowWise,
     (1, 128): ScalingType.BlockWise1x128,
     (128, 128): ScalingType.BlockWise128x128,
     (1, 32): ScalingType.BlockWise1x32,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 from fp8dist.config import COLUMN, ROW, TENSOR, Block
 from fp8dist.kernels import triton_kernels as kernels
@@ -50,7 +51,7 @@ def launch_kernel(
         with torch.cuda.device(device):
             launch_kernel(kernel, grid, tensors, numbers, constants, **options)
         return
-    kinds = tuple((tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+    kinds = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
     key = (id(kernel), device, numbers, constants, kinds, *options.values())
     compiled = _compiled.get(key)
     if compiled is not None:
@@ -61,6 +62,34 @@ def launch_kernel(
     _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _where_x_is(function: _Function) -> _Function:
+    """The device of the first argument is the current one within, where memory is taken."""
+
+    @functools.wraps(function)
+    def there(x: torch.Tensor, *args: Any) -> Any:
+        device = x.get_device()
+        if device == torch.cuda.current_device():
+            return function(x, *args)
+        with torch.cuda.device(device):
+            return function(x, *args)
+
+    return there  # type: ignore[return-value]
+
+
+def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` on the current device, as the compiler's own code has it: a step has hundreds,
+    and looking for a device and a layout takes the CPU longer than the memory."""
+    stride, strides = 1, []
+    for extent in reversed(size):
+        strides.append(stride)
+        stride *= max(extent, 1)
+    return _empty_strided_cuda(size, tuple(reversed(strides)), dtype)
+
+
+@_where_x_is
 def quantize(
     x: torch.Tensor,
     block: Block | None,
@@ -80,11 +109,8 @@ def quantize(
     given = new_scale is not None
     m, n = x.shape
     sizes, m_padded, amaxes = cached_sizes_of(m, n, a, b, scale_format, given)
-    device = x.device
-    data = torch.empty(sizes[0], dtype=float8_dtype, device=device)
-    scale = torch.empty(sizes[1], dtype=torch.float32, device=device)
-    t_data = torch.empty(sizes[2], dtype=float8_dtype, device=device)
-    t_scale = torch.empty(sizes[3], dtype=torch.float32, device=device)
+    data, scale = _empty(sizes[0], float8_dtype), _empty(sizes[1], torch.float32)
+    t_data, t_scale = _empty(sizes[2], float8_dtype), _empty(sizes[3], torch.float32)
     if n == 0:  # no rows are not cast here, see `ops.in_kernels`
         return data, scale, t_data, t_scale
     kind, t_kind = kind_of(a), kind_of(b)
@@ -102,9 +128,9 @@ def quantize(
         return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read
     if known_amax is not None:
-        amax = known_amax.view(torch.int32)
+        amax = known_amax
     elif amaxes > 0:
-        amax = torch.zeros(amaxes, dtype=torch.int32, device=device)
+        amax = torch.zeros(amaxes, dtype=torch.int32, device=x.device)
         bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
         wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
         launch_kernel(
@@ -142,14 +168,15 @@ def quantize(
     return data, scale, t_data, t_scale
 
 
+@_where_x_is
 def transpose(x: torch.Tensor) -> torch.Tensor:
     """(M, N), float8, copied as (N, M)."""
     m, n = x.shape
-    out = torch.empty((n, m), dtype=x.dtype, device=x.device)
+    out = _empty((n, m), x.dtype)
     launch_kernel(
         kernels.transpose_kernel,
         (_cdiv(m, 128), _cdiv(n, 128), 1),
-        (x.view(torch.uint8), out.view(torch.uint8)),
+        (x, out),
         (m, n, x.stride(0), m),
         (128, 128),
         num_warps=8,

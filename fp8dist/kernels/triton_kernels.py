@@ -27,7 +27,8 @@ def _abs_bits(x):
 
 @triton.jit
 def amax_to_scale(bits, FLOAT8_EXPONENT: tl.constexpr, FORMAT: tl.constexpr):
-    """numerics.amax_to_scale, on the bits of the amax; see [Note: powers of two by bits]."""
+    """numerics.amax_to_scale, on the amax or its bits; see [Note: powers of two by bits]."""
+    bits = bits.to(tl.int32, bitcast=True)
     if FORMAT == "exact":
         amax = bits.to(tl.float32, bitcast=True).to(tl.float64)
         amax = tl.where(amax < 1e-12, 1e-12, amax)  # a NaN stays
@@ -336,7 +337,7 @@ def quantize_rows_kernel(
 def transpose_kernel(
     x_ptr, out_ptr, M, N, x_stride, out_stride, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """out (N, M) = x (M, N) transposed; bytes."""
+    """out (N, M) = x (M, N) transposed; elements of a byte."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     mask = (rows < M)[:, None] & (columns < N)[None, :]

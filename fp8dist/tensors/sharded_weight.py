@@ -92,8 +92,8 @@ def _make_current(state: WeightState, param: DTensor) -> None:
         update_scales([state], [param])
     elif state.taken and state.shard_now(param).some_are_empty:
         update_scales([state], [param])  # as other ranks may have to
-    else:
-        state.seen = Seen.now(param)  # lazy initialisation may have moved the shard
+    elif state.seen.shard is not local_shard(param):  # lazy initialisation has moved the shard
+        state.seen = Seen.now(param)
 
 
 # Ops whose result is a new place for the parameter: FSDP2 and `to_empty` move one with them.
@@ -150,9 +150,8 @@ class Float8ShardedWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func._schema.is_mutable or func.namespace == "c10d":
             _count_edits(func, args, kwargs)
-        inner_args, inner_kwargs = pytree.tree_map_only(
-            cls, lambda tensor: tensor._tensor, (args, kwargs)
-        )
+        inner_args = [_inner(value) for value in args]
+        inner_kwargs = {name: _inner(value) for name, value in kwargs.items()}
         # FSDP2's lazy initialisation, which moves short ranks' shards, may be in inference mode.
         with torch.inference_mode(False) if func in _MOVE_OPS else nullcontext():
             out = func(*inner_args, **inner_kwargs)
@@ -361,6 +360,15 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
 Float8ShardedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     Float8ShardedWeight.fsdp_pre_all_gather
 )
+
+
+def _inner(value: Any) -> Any:
+    """The plain tensors of an argument; lists are all that nests there, of whole models."""
+    if isinstance(value, Float8ShardedWeight):
+        return value._tensor
+    if type(value) in (list, tuple):
+        return [_inner(element) for element in value]
+    return value
 
 
 def _count_edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # With option "op" the results of these are kept, and everything else is computed again.
 KEPT_OPS = {
     torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_mm_v2.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_grouped_mm_v2.default,

@@ -120,7 +120,7 @@ def grad_weights(recipe: str, again: bool) -> dict[str, torch.Tensor]:
     mesh = tp_mesh()
     block = parallelize_module(block_of(recipe), mesh, plan(again))
     block(part(batch(1), mesh)).backward(part(batch(2), mesh))
-    return {name: p.grad.full_tensor() for name, p in block.named_parameters() if p.dim() == 2}
+    return {n: p.grad.full_tensor().cpu() for n, p in block.named_parameters() if p.dim() == 2}
 
 
 def test_grad_weight_from_the_float8_copy_has_its_noise() -> None:

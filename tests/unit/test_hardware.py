@@ -16,10 +16,10 @@ TENSORWISE = RECIPES["tensorwise"]
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Answers are remembered for the life of a process."""
-    for cached in (hardware._capability, hardware._log_emulation):
+    for cached in (hardware._capability, hardware._has_float8_casts, hardware._log_emulation):
         cached.cache_clear()
     yield
-    for cached in (hardware._capability, hardware._log_emulation):
+    for cached in (hardware._capability, hardware._has_float8_casts, hardware._log_emulation):
         cached.cache_clear()
 
 
