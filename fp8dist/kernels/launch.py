@@ -11,7 +11,7 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 
 from fp8dist.config import COLUMN, ROW, TENSOR, Block
 from fp8dist.kernels import triton_kernels as kernels
-from fp8dist.kernels.layout import cached_sizes_of, kind_of
+from fp8dist.kernels.layout import cached_sizes_of, contiguous_strides, kind_of
 from fp8dist.numerics import AmaxPart, CastPart
 
 # The largest number of each is 1.75 times 2 to this power.
@@ -81,12 +81,9 @@ def _where_x_is(function: _Function) -> _Function:
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """`torch.empty` on the current device, as the compiler's own code has it: a step has hundreds,
-    and looking for a device and a layout takes the CPU longer than the memory."""
-    stride, strides = 1, []
-    for extent in reversed(size):
-        strides.append(stride)
-        stride *= max(extent, 1)
-    return _empty_strided_cuda(size, tuple(reversed(strides)), dtype)
+    and looking for a device and a layout takes the CPU longer than the memory.
+    """
+    return _empty_strided_cuda(size, contiguous_strides(size), dtype)
 
 
 @_where_x_is

@@ -54,3 +54,12 @@ def sizes_of(
 
 
 cached_sizes_of = functools.lru_cache(maxsize=1024)(sizes_of)
+
+
+@functools.lru_cache(maxsize=1024)
+def contiguous_strides(size: tuple[int, ...]) -> tuple[int, ...]:
+    """As `torch.empty` has them, also where there are no elements."""
+    strides = [1]
+    for extent in reversed(size[1:]):
+        strides.append(strides[-1] * max(extent, 1))
+    return tuple(reversed(strides))

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8dist.config import RECIPES
 from fp8dist.kernels import ops
-from fp8dist.kernels.layout import sizes_of
+from fp8dist.kernels.layout import contiguous_strides, sizes_of
 
 M, N = 24, 128
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -81,3 +81,8 @@ def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
     ]:
         assert sizes_of(M, N, block, t_block, "power_of_2", False)[2] == expected
     assert sizes_of(M, N, None, (-1, 1), "power_of_2", True)[2] == 0
+
+
+@pytest.mark.parametrize("size", [(5,), (3, 4), (2, 1, 7), (0, 0), (0, 4), (4, 0), (2, 0, 3)])
+def test_strides_are_those_of_an_empty_tensor(size: tuple[int, ...]) -> None:
+    assert contiguous_strides(size) == torch.empty(size).stride()
