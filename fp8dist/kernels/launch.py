@@ -4,14 +4,14 @@ the same bytes.
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
-from fp8dist.config import COLUMN, ROW, TENSOR, Block
+from fp8dist.config import COLUMN, ROW, TENSOR
 from fp8dist.kernels import triton_kernels as kernels
-from fp8dist.kernels.layout import cached_sizes_of, contiguous_strides, kind_of
+from fp8dist.kernels.layout import Cast, Sizes, contiguous_strides, kind_of, sizes_of
 from fp8dist.numerics import AmaxPart, CastPart
 
 # The largest number of each is 1.75 times 2 to this power.
@@ -86,13 +86,93 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return _empty_strided_cuda(size, contiguous_strides(size), dtype)
 
 
+class _Launch(NamedTuple):
+    """A launch but for its tensors; see `launch_kernel`."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+    options: dict[str, int]
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        launch_kernel(self.kernel, self.grid, tensors, self.numbers, self.constants, **self.options)
+
+
+class _Plan(NamedTuple):
+    """What a cast is but for its tensors: worked out once, as sizes are the same at every step."""
+
+    sizes: Sizes
+    amaxes: int
+    """How many have to be found before, by `find`."""
+    find: _Launch
+    rows_alone: bool
+    cast: _Launch
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    m: int,
+    n: int,
+    stride: int,
+    cast: Cast,
+    inverse: tuple[int, int, int] | None,
+    given: bool,
+) -> _Plan:
+    """Of x (m, n), where the scales of the transpose are given or not.
+
+    Args:
+        inverse: columns and strides of x_inverse, if there is one.
+    """
+    a, b, float8_dtype, scale_format = cast
+    sizes, m_padded, amaxes = sizes_of(m, n, a, b, scale_format, given)
+    kind, t_kind = kind_of(a), kind_of(b)
+    by = "none" if inverse is None else "row" if inverse[0] == 1 else "own"
+    exponent = FLOAT8_EXPONENT[float8_dtype]
+    bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
+    wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
+    find = _Launch(
+        kernels.amax_kernel,
+        (_cdiv(m, bm * steps), _cdiv(n, bn), 1),
+        (m, n, stride),
+        (by == "row", *wanted, bm, bn, steps),
+        {"num_warps": warps},
+    )
+    if kind == "row" and t_kind == "none":
+        constants = (exponent, scale_format, 1024)
+        by_rows = _Launch(
+            kernels.quantize_rows_kernel, (m, 1, 1), (m, n, stride), constants, {"num_warps": 4}
+        )
+        return _Plan(sizes, amaxes, find, True, by_rows)
+    # Left alone, ptxas takes 156 registers for two orientations of blocks, and a multiprocessor has
+    # those of one program only.
+    registers = {"maxnreg": 128} if (a, b) == ((1, 128), (128, 1)) else {}
+    by_tiles = _Launch(
+        kernels.quantize_kernel,
+        (_cdiv(m_padded, 128), _cdiv(n, 128), 1),
+        (m, n, m_padded, stride, *((1, 1) if inverse is None else inverse[1:])),
+        (
+            exponent,
+            scale_format,
+            by,
+            1 if inverse is None else n // max(inverse[0], 1),
+            kind,
+            a[1] if a is not None and kind == "own" else 1,
+            t_kind,
+            b[0] if b is not None and t_kind == "own" else 1,
+            given,
+            128,
+            128,
+        ),
+        {"num_warps": 4 if given else 8, **registers},
+    )
+    return _Plan(sizes, amaxes, find, False, by_tiles)
+
+
 @_where_x_is
 def quantize(
     x: torch.Tensor,
-    block: Block | None,
-    transposed_block: Block | None,
-    float8_dtype: torch.dtype,
-    scale_format: str,
+    cast: Cast,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
     known_amax: torch.Tensor | None,
@@ -102,66 +182,31 @@ def quantize(
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    a, b = block, transposed_block
-    given = new_scale is not None
     m, n = x.shape
-    sizes, m_padded, amaxes = cached_sizes_of(m, n, a, b, scale_format, given)
+    plan = _plan(
+        m,
+        n,
+        x.stride(0),
+        cast,
+        None if x_inverse is None else (x_inverse.size(1), *x_inverse.stride()),
+        new_scale is not None,
+    )
+    sizes, float8_dtype = plan.sizes, cast.float8_dtype
     data, scale = _empty(sizes[0], float8_dtype), _empty(sizes[1], torch.float32)
     t_data, t_scale = _empty(sizes[2], float8_dtype), _empty(sizes[3], torch.float32)
     if n == 0:  # no rows are not cast here, see `ops.in_kernels`
         return data, scale, t_data, t_scale
-    kind, t_kind = kind_of(a), kind_of(b)
-    x_stride = x.stride(0)
-    by = "none" if x_inverse is None else "row" if x_inverse.size(1) == 1 else "own"
-    if kind == "row" and t_kind == "none":
-        launch_kernel(
-            kernels.quantize_rows_kernel,
-            (m, 1, 1),
-            (x, data, scale),
-            (m, n, x_stride),
-            (FLOAT8_EXPONENT[float8_dtype], scale_format, 1024),
-            num_warps=4,
-        )
+    if plan.rows_alone:
+        plan.cast(x, data, scale)
         return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read
+    inverse = x if x_inverse is None else x_inverse
     if known_amax is not None:
         amax = known_amax
-    elif amaxes > 0:
-        amax = torch.zeros(amaxes, dtype=torch.int32, device=x.device)
-        bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
-        wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
-        launch_kernel(
-            kernels.amax_kernel,
-            (_cdiv(m, bm * steps), _cdiv(n, bn), 1),
-            (x, x if x_inverse is None else x_inverse, amax),
-            (m, n, x_stride),
-            (by == "row", *wanted, bm, bn, steps),
-            num_warps=warps,
-        )
-    # Left alone, ptxas takes 156 registers for two orientations of blocks, and a multiprocessor has
-    # those of one program only.
-    registers = {"maxnreg": 128} if (a, b) == ((1, 128), (128, 1)) else {}
-    launch_kernel(
-        kernels.quantize_kernel,
-        (_cdiv(m_padded, 128), _cdiv(n, 128), 1),
-        (x, x if x_inverse is None else x_inverse, amax, data, scale, t_data, t_scale),
-        (m, n, m_padded, x_stride, *((1, 1) if x_inverse is None else x_inverse.stride())),
-        (
-            FLOAT8_EXPONENT[float8_dtype],
-            scale_format,
-            by,
-            1 if x_inverse is None else n // x_inverse.size(1),
-            kind,
-            a[1] if a is not None and kind == "own" else 1,
-            t_kind,
-            b[0] if b is not None and t_kind == "own" else 1,
-            given,
-            128,
-            128,
-        ),
-        num_warps=4 if given else 8,
-        **registers,
-    )
+    elif plan.amaxes > 0:
+        amax = torch.zeros(plan.amaxes, dtype=torch.int32, device=x.device)
+        plan.find(x, inverse, amax)
+    plan.cast(x, inverse, amax, data, scale, t_data, t_scale)
     return data, scale, t_data, t_scale
 
 

@@ -1,8 +1,13 @@
-"""The sizes of what the op `fp8dist::quantize` gives, which those who compute it agree on."""
+"""What the op `fp8dist::quantize` is to do, and the sizes of what it gives, which those who compute
+it agree on.
+"""
 
 import functools
+from typing import NamedTuple
 
-from fp8dist.config import COLUMN, ROW, TENSOR, Block
+import torch
+
+from fp8dist.config import COLUMN, ROW, TENSOR, Block, ScaleFormat
 from fp8dist.numerics import token_multiple
 
 _KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
@@ -11,6 +16,35 @@ _KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
 def kind_of(block: Block | None) -> str:
     """Which elements share a scale, as the kernels are told: see `triton_kernels`."""
     return "none" if block is None else _KINDS.get(block, "own")
+
+
+class Cast(NamedTuple):
+    """To blocks of x, and of its transpose to what are `transposed_block` of x; either may be None.
+
+    An op is handed the name of one: four arguments take the CPU twice as long as one does.
+    """
+
+    block: Block | None
+    transposed_block: Block | None
+    float8_dtype: torch.dtype
+    scale_format: ScaleFormat
+
+
+@functools.cache
+def name_of(cast: Cast) -> str:
+    """Such as "1x-1 none float8_e4m3fn power_of_2"."""
+    a, b = (
+        "none" if block is None else f"{block[0]}x{block[1]}"
+        for block in (cast.block, cast.transposed_block)
+    )
+    return f"{a} {b} {str(cast.float8_dtype).removeprefix('torch.')} {cast.scale_format}"
+
+
+@functools.cache
+def cast_named(name: str) -> Cast:
+    *blocks, dtype, scale_format = name.split()
+    a, b = (None if block == "none" else tuple(map(int, block.split("x"))) for block in blocks)
+    return Cast(a, b, getattr(torch, dtype), scale_format)  # type: ignore[arg-type]
 
 
 Sizes = tuple[tuple[int, ...], ...]
@@ -51,9 +85,6 @@ def sizes_of(
         columns = n if t_kind == "column" else 0
         amaxes = rows + columns + int("tensor" in (kind, t_kind))
     return tuple(sizes), m_padded, amaxes
-
-
-cached_sizes_of = functools.lru_cache(maxsize=1024)(sizes_of)
 
 
 @functools.lru_cache(maxsize=1024)

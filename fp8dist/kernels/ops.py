@@ -5,14 +5,12 @@ compiler does not touch then either (but for square blocks, see `kernels.quantiz
 They are defined in a `torch.library.Library`, as `custom_op` costs the CPU more time per call.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch.library import Library, register_fake
 
 from fp8dist import hardware, numerics
 from fp8dist.config import Block, ScaleFormat
-from fp8dist.kernels.layout import kind_of, sizes_of
+from fp8dist.kernels.layout import Cast, cast_named, kind_of, name_of, sizes_of
 from fp8dist.numerics import Scaled
 
 try:
@@ -43,9 +41,8 @@ def in_kernels(x: torch.Tensor) -> bool:
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
-    "quantize(Tensor x, int[2]? block, int[2]? transposed_block, ScalarType float8_dtype, "
-    "str scale_format, Tensor? x_inverse, Tensor? new_scale, Tensor? amax, Tensor? after) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, str cast, Tensor? x_inverse, Tensor? new_scale, Tensor? amax, "
+    "Tensor? after) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("transpose(Tensor x, Tensor? after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -53,16 +50,9 @@ _library.define("transpose(Tensor x, Tensor? after) -> Tensor", tags=(torch.Tag.
 _FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _as_block(block: Sequence[int] | None) -> Block | None:
-    return None if block is None else (block[0], block[1])
-
-
 def _quantize(
     x: torch.Tensor,
-    block: Sequence[int] | None,
-    transposed_block: Sequence[int] | None,
-    float8_dtype: torch.dtype,
-    scale_format: ScaleFormat,
+    cast: str,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
     amax: torch.Tensor | None,
@@ -72,15 +62,17 @@ def _quantize(
     scales; see `layout.sizes_of`.
 
     Args:
+        cast: the name of a `layout.Cast`.
         x_inverse: 1 / what x was scaled by.
         new_scale: for the transpose, if it is not to be found from x.
         amax: (1, 1), float32 or its bits, int32, if one scale is wanted: of x, or of all that x is
             a part of.
         after: see [Note: only in backward].
     """
-    a, b = _as_block(block), _as_block(transposed_block)
+    what = cast_named(cast)
     if in_kernels(x):
-        return launch.quantize(x, a, b, float8_dtype, scale_format, x_inverse, new_scale, amax)
+        return launch.quantize(x, what, x_inverse, new_scale, amax)
+    a, b, float8_dtype, scale_format = what
     if amax is not None:
         amax = amax.view(torch.float32)
     if x_inverse is not None:
@@ -121,18 +113,17 @@ _library.impl("transpose", _transpose, "CompositeExplicitAutograd")
 @register_fake("fp8dist::quantize", lib=_library)
 def _(
     x: torch.Tensor,
-    block: Sequence[int] | None,
-    transposed_block: Sequence[int] | None,
-    float8_dtype: torch.dtype,
-    scale_format: ScaleFormat,
+    cast: str,
     x_inverse: torch.Tensor | None,
     new_scale: torch.Tensor | None,
     amax: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    a, b, given = _as_block(block), _as_block(transposed_block), new_scale is not None
-    sizes, _, _ = sizes_of(x.size(0), x.size(1), a, b, scale_format, given)
-    dtypes = (float8_dtype, torch.float32, float8_dtype, torch.float32)
+    what, given = cast_named(cast), new_scale is not None
+    sizes, _, _ = sizes_of(
+        x.size(0), x.size(1), what.block, what.transposed_block, what.scale_format, given
+    )
+    dtypes = (what.float8_dtype, torch.float32, what.float8_dtype, torch.float32)
     return tuple(
         torch.empty(size, dtype=dtype, device=x.device)
         for size, dtype in zip(sizes, dtypes, strict=True)
@@ -160,7 +151,12 @@ def quantize_both(
         after: see [Note: only in backward].
     """
     data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
-        x, block, transposed_block, float8_dtype, scale_format, None, None, amax, after
+        x,
+        name_of(Cast(block, transposed_block, float8_dtype, scale_format)),
+        None,
+        None,
+        amax,
+        after,
     )
     scaled = transposed = None
     if block is not None:
@@ -195,10 +191,7 @@ def rescale_transposed(
         return weight.t()._replace(data=torch.ops.fp8dist.transpose.default(weight.data, after))
     _, _, data, scales = torch.ops.fp8dist.quantize.default(
         weight.data,
-        None,
-        block,
-        weight.data.dtype,
-        scale_format,
+        name_of(Cast(None, block, weight.data.dtype, scale_format)),
         weight.scale.reciprocal() if weight.inverse is None else weight.inverse,
         new_scale,
         None,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fp8dist.config import RECIPES
+from fp8dist.config import RECIPES, Recipe
 from fp8dist.kernels import ops
-from fp8dist.kernels.layout import contiguous_strides, sizes_of
+from fp8dist.kernels.layout import Cast, cast_named, contiguous_strides, name_of, sizes_of
 
 M, N = 24, 128
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -21,7 +21,8 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
         (recipe.input, None),
         (None, recipe.grad_output_for_grad_weight),
     ]:
-        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None, None)
+        cast = Cast(block, t_block, torch.float8_e4m3fn, recipe.scale_format)
+        args = (name_of(cast), None, None, None, None)
         real = torch.ops.fp8dist.quantize(torch.randn(M, N, device=device), *args)
         with FakeTensorMode():
             fake = torch.ops.fp8dist.quantize(torch.empty(M, N, device=device), *args)
@@ -33,7 +34,8 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
 def test_a_derived_weight_is_as_the_fake(device: str) -> None:
     weight = torch.randn(M, N, device=device).to(torch.float8_e4m3fn)
     inverse, new_scale = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
-    args = (None, (-1, 1), torch.float8_e4m3fn, "power_of_2", inverse, new_scale, None, None)
+    cast = Cast(None, (-1, 1), torch.float8_e4m3fn, "power_of_2")
+    args = (name_of(cast), inverse, new_scale, None, None)
     real = torch.ops.fp8dist.quantize(weight, *args)
     assert real[2].shape == (N, M), "rows of a weight are not padded"
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -54,7 +56,8 @@ def test_the_op_keeps_what_it_promises(name: str, shape: tuple[int, int]) -> Non
         (recipe.input, None),
         (None, None),
     ]:
-        args = (block, t_block, torch.float8_e4m3fn, recipe.scale_format, None, None, None, None)
+        cast = Cast(block, t_block, torch.float8_e4m3fn, recipe.scale_format)
+        args = (name_of(cast), None, None, None, None)
         torch.library.opcheck(torch.ops.fp8dist.quantize.default, (torch.randn(shape), *args))
     for x in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8)):
         torch.library.opcheck(torch.ops.fp8dist.transpose.default, (x, None))
@@ -86,3 +89,15 @@ def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
 @pytest.mark.parametrize("size", [(5,), (3, 4), (2, 1, 7), (0, 0), (0, 4), (4, 0), (2, 0, 3)])
 def test_strides_are_those_of_an_empty_tensor(size: tuple[int, ...]) -> None:
     assert contiguous_strides(size) == torch.empty(size).stride()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_name_says_all_of_a_cast(recipe: Recipe) -> None:
+    for cast in (
+        Cast(recipe.input, recipe.input_for_grad_weight, recipe.input_dtype, recipe.scale_format),
+        Cast(recipe.grad_output, None, recipe.grad_output_dtype, recipe.scale_format),
+        Cast(None, recipe.weight_for_grad_input, recipe.weight_dtype, recipe.scale_format),
+    ):
+        assert cast_named(name_of(cast)) == cast
+    cast = Cast((1, -1), None, torch.float8_e5m2, "exact")
+    assert name_of(cast) == "1x-1 none float8_e5m2 exact"
