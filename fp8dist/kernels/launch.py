@@ -7,7 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+from triton.knobs import runtime
 
 from fp8dist.config import COLUMN, ROW, TENSOR
 from fp8dist.kernels import triton_kernels as kernels
@@ -30,7 +32,9 @@ def _cdiv(a: int, b: int) -> int:
 # [Note: launching]
 # Triton decides at every launch which compilation of a kernel fits the arguments, which takes the
 # CPU longer than the launch itself, and a step has hundreds. So what it decided is kept by all that
-# it looks at: dtypes, numbers, whether addresses are multiples of 16, and how it is compiled.
+# it looks at: dtypes, numbers, whether addresses are multiples of 16, and how it is compiled. It is
+# launched as `CompiledKernel.__getitem__` does (Triton 3.6 to 3.8), but for what is put together
+# and called for hooks when there are none.
 
 _compiled: dict[Hashable, Any] = {}
 _MOST_COMPILED = 4096  # numbers of tokens that vary would fill it without end
@@ -53,13 +57,19 @@ def launch_kernel(
         return
     kinds = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
     key = (id(kernel), device, numbers, constants, kinds, *options.values())
-    compiled = _compiled.get(key)
-    if compiled is not None:
+    known = _compiled.get(key)
+    if known is None:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        return
+    compiled, run, *function = known
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
         compiled[grid](*tensors, *numbers, *constants)
         return
-    if len(_compiled) >= _MOST_COMPILED:
-        _compiled.clear()
-    _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
+    stream = _cuda_getCurrentRawStream(device)
+    run(*grid, stream, *function, None, None, None, *tensors, *numbers, *constants)
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

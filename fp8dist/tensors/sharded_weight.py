@@ -1,5 +1,6 @@
 """`Float8ShardedWeight`: the high-precision shard of a weight that FSDP2 gathers in float8."""
 
+import functools
 import inspect
 import logging
 import weakref
@@ -240,7 +241,18 @@ class Float8ShardedWeight(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8ShardedWeight({self._tensor!r})"
 
-    def fsdp_pre_all_gather(
+    @property
+    def fsdp_pre_all_gather(self) -> Callable[..., tuple[tuple[torch.Tensor], Any]]:
+        """FSDP2's hook before the all-gather, `_before_all_gather`.
+
+        FSDP2 asks for its signature at every all-gather. Of a method `inspect` would put it
+        together each time.
+        """
+        hook = functools.partial(self._before_all_gather)
+        hook.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+        return hook
+
+    def _before_all_gather(
         self,
         mesh: DeviceMesh,
         outer_size: torch.Size,
@@ -248,9 +260,7 @@ class Float8ShardedWeight(torch.Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[torch.Tensor], Any]:
-        """FSDP2's hook before the all-gather.
-
-        `self` is the shard on the device that communicates, or under CPU offload a copy of the
+        """`self` is the shard on the device that communicates, or under CPU offload a copy of the
         parameter's local tensor, or what `to` returns for it, which is why edits are looked for on
         the parameter.
 
@@ -356,10 +366,7 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
     return gathered_weight(payload, state.scales, torch.Size(shard.size), dtype)
 
 
-# FSDP2 asks for the signature at every all-gather; so it need not be put together each time.
-Float8ShardedWeight.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    Float8ShardedWeight.fsdp_pre_all_gather
-)
+_SIGNATURE = inspect.signature(Float8ShardedWeight(torch.empty(0))._before_all_gather)
 
 
 def _inner(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """On a GPU: the kernels that write into a part of a buffer write that part and nothing else."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from fp8dist.numerics import AmaxPart, CastPart
 from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
 
 pytest.importorskip("triton", reason="needs Triton")
+
+from triton.knobs import runtime  # noqa: E402
 
 from fp8dist.kernels import launch  # noqa: E402
 
@@ -124,6 +127,23 @@ def test_each_launch_is_of_what_fits_its_arguments(first: int) -> None:
                     assert got.scale.equal(want.scale)
     # Two kernels, of two dtypes, two numbers and two alignments each.
     assert len(launch._compiled) == 16
+
+
+def test_hooks_are_told_of_every_launch() -> None:
+    """Of what is launched for the first time and of what is known; none are called without them."""
+    names: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    launch._compiled.clear()
+    x = make((256, 128), "wide", torch.float32)
+    for told in (True, True, False):
+        if told:
+            runtime.launch_enter_hook.add(hook)
+        kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+        runtime.launch_enter_hook.remove(hook)
+    assert names == 2 * ["amax_kernel", "quantize_kernel"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
