@@ -126,6 +126,9 @@ ROUTES: dict[str, Edit] = {
     "mul_": by_weight(lambda weight: weight.mul_(1.5)),
     "copy_": by_weight(lambda weight: weight.copy_(weight.detach().clone() * 1.5)),
     "to_local": by_weight(lambda weight: weight.to_local().mul_(1.5)),
+    "to_local, compiled": by_weight(
+        lambda weight: torch.compile(torch.Tensor.mul_, backend="aot_eager")(weight.to_local(), 1.5)
+    ),
     "view": by_weight(lambda weight: weight.to_local()[:, 0].mul_(1.5)),
     "init": by_weight(lambda weight: nn.init.constant_(weight, 0.5)),
 }
