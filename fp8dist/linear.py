@@ -270,8 +270,9 @@ class Float8Linear(nn.Linear):
         wrap_weight(self, "weight", Float8ShardedWeight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.weight, DTensor):
-            return self._tensor_parallel(input, self.weight)
+        weight = self.weight
+        if isinstance(weight, DTensor):
+            return self._tensor_parallel(input, weight)
         if isinstance(input, DTensor):
             raise ValueError(
                 f"{self._name()}: the input is a DTensor, placed as {input.placements}, and the "
@@ -287,13 +288,8 @@ class Float8Linear(nn.Linear):
                 f"{self._name()}: the input is {tuple(input.shape)}, its last dimension should be "
                 f"in_features={self.in_features}"
             )
-        return self._linear(autocast(input))
-
-    def _linear(self, input: torch.Tensor) -> torch.Tensor:
-        output = _matmul(input, self.weight, self.config)
-        if self.bias is not None:
-            output = output + self.bias.to(output.dtype)
-        return output
+        output = _matmul(autocast(input), weight, self.config)
+        return output if (bias := self.bias) is None else output + bias.to(output.dtype)
 
     def _tensor_parallel(self, input: torch.Tensor, weight: DTensor) -> torch.Tensor:
         """This rank's part of the matmul, between what its style makes of input and output.

@@ -168,7 +168,8 @@ def quantize_both(
 
 
 def _scaled(data: torch.Tensor, scales: torch.Tensor, block: Block, by_column: bool) -> Scaled:
-    *inverse, scale = (part.t() if by_column else part for part in scales.unbind())
+    parts = scales.unbind()
+    *inverse, scale = [part.t() for part in parts] if by_column else parts
     return Scaled(data, scale, block, *inverse)
 
 
