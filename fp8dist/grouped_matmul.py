@@ -3,14 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch.library import Library, register_fake
-from torch.nn.functional import ScalingType
 
 from fp8dist import hardware, numerics
 from fp8dist.config import Recipe
 from fp8dist.grouped_numerics import ScaledGroups, dequantize_groups
 from fp8dist.numerics import Scaled
 
-# "type: ignore[attr-defined]" below: torch's stubs do not have `F.scaled_grouped_mm`.
+# `torch._scaled_grouped_mm` and `F.scaled_grouped_mm` call the same kernel, but only the first is one
+# for which the compiler, with mode="max-autotune-no-cudagraphs", tunes another.
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
@@ -60,15 +60,13 @@ def scaled_grouped_matmul(
         return torch.ops.fp8dist.grouped_mm(a_hp, weights, ends).to(output_dtype)
     if a.data.size(0) == 0:
         return a.scale.new_zeros((0, b.data.size(0) // experts), dtype=output_dtype)
-    output = F.scaled_grouped_mm(  # type: ignore[attr-defined]
+    output = torch._scaled_grouped_mm(
         a.data.contiguous(),
         b.data.contiguous().unflatten(0, (experts, -1)).transpose(1, 2),
         _inverse(a).flatten(),
-        ScalingType.RowWise,
         _inverse(b).reshape(experts, -1),
-        ScalingType.RowWise,
         offs=ends,
-        output_dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,
     )
     return output.to(output_dtype)
@@ -96,15 +94,13 @@ def scaled_grouped_outer(
         # Rows in memory, as torch's grouped matmul wants operands.
         a_hp, b_hp = a_hp.contiguous(), b_hp.contiguous()
         return torch.ops.fp8dist.grouped_mm(a_hp, b_hp.t(), a.ends).to(output_dtype)
-    output = F.scaled_grouped_mm(  # type: ignore[attr-defined]
+    output = torch._scaled_grouped_mm(
         a.data.contiguous(),
         b.data.contiguous().t(),
         _inverse(a).flatten(),
-        ScalingType.RowWise,
         _inverse(b).flatten(),
-        ScalingType.RowWise,
         offs=a.ends,
-        output_dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,
     )
     return output.to(output_dtype)
