@@ -190,8 +190,8 @@ def recipe(name: str) -> Recipe:
 class FastAccum:
     """Which matmuls accumulate in the tensor cores' shorter registers: faster, less exact.
 
-    It is `use_fast_accum` of `torch.nn.functional.scaled_mm`. Shapes: input (M, K), weight (N, K),
-    grad_output (M, N).
+    It is `use_fast_accum` of `torch._scaled_mm` and `F.scaled_mm`. Shapes: input (M, K), weight
+    (N, K), grad_output (M, N).
 
     Args:
         output: input @ weight^T, sums of K products.

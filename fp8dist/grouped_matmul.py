@@ -9,8 +9,8 @@ from fp8dist.config import Recipe
 from fp8dist.grouped_numerics import ScaledGroups, dequantize_groups
 from fp8dist.numerics import Scaled
 
-# `torch._scaled_grouped_mm` and `F.scaled_grouped_mm` call the same kernel, but only the first is one
-# for which the compiler, with mode="max-autotune-no-cudagraphs", tunes another.
+# `torch._scaled_grouped_mm` and `F.scaled_grouped_mm` call the same kernel, but only for the first
+# does the compiler tune another, with mode="max-autotune-no-cudagraphs".
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(

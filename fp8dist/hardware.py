@@ -32,7 +32,7 @@ def has_float8_casts(device: torch.device) -> bool:
 
 
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:
-    """Whether `torch.nn.functional.scaled_mm` runs the recipe on the device's own float8 units.
+    """Whether `torch._scaled_mm` or `F.scaled_mm` runs the recipe on the device's own float8 units.
 
     A CPU has the function too, but no units: there it is orders of magnitude slower than
     dequantizing.
@@ -45,7 +45,7 @@ def has_matmul(device: torch.device, recipe: Recipe) -> bool:
 
 
 def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
-    """Whether `torch.nn.functional.scaled_grouped_mm` runs the recipe on the device."""
+    """Whether `torch._scaled_grouped_mm` runs the recipe on the device."""
     if recipe.weight != ROW or not has_matmul(device, recipe):
         return False
     return _capability(_index(device)) in ((9, 0), (10, 0))
@@ -68,7 +68,7 @@ _assumed = False
 def assume_matmuls() -> Iterator[None]:
     """While it is open, devices count as having every recipe's matmul: for fake tensors.
 
-    Grouped ones, which torch cannot run on such tensors, are left to their stand-ins.
+    Grouped ones are left to their stand-ins.
     """
     global _assumed
     before, _assumed = _assumed, True

@@ -1,7 +1,10 @@
 """A float8 matmul of two scaled operands, and its dequantized stand-in."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch.library import Library, register_fake
 from torch.nn.functional import ScalingType, SwizzleType
 
 from fp8dist import hardware, numerics
@@ -46,8 +49,8 @@ def scaled_matmul(
     b_scale = b_scale.t() if b.block == ROW else b_scale
     hardware_dtype = output_dtype if tensorwise else torch.bfloat16
     if a.block in (TENSOR, ROW):
-        # Not `F.scaled_mm`: the compiler has memory for the result of this, and overlaps it with
-        # all-gathers, and lists of what recomputation keeps have it.
+        # Not `F.scaled_mm`: the compiler allocates the result of this itself (of the other only in
+        # torch 2.13) and overlaps it with all-gathers; lists of what recomputation keeps name it.
         output = torch._scaled_mm(
             a_data,
             b_data.t(),
@@ -56,22 +59,67 @@ def scaled_matmul(
             out_dtype=hardware_dtype,
             use_fast_accum=fast_accum,
         )
-        return output.to(output_dtype)
-    a_type, b_type = _SCALING_TYPES[a.block], _SCALING_TYPES[b.block]
-    swizzle = SwizzleType.SWIZZLE_32_4_4 if recipe.scale_format == "e8m0" else None
-    output = F.scaled_mm(
-        a_data,
-        b_data.t(),
+    else:
+        output = torch.ops.fp8dist.scaled_mm(
+            a_data, b_data, a_scale, b_scale, a.block, b.block, fast_accum
+        )
+    return output.to(output_dtype)
+
+
+# torch 2.13's compiler knows `F.scaled_mm`, but makes of it a call of `torch._scaled_mm`, which has
+# no swizzled scales and does not take padded ones.
+_library = Library("fp8dist", "FRAGMENT")
+_library.define(
+    "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, int[2] a_block, int[2] b_block, "
+    "bool fast_accum) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def _scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    a_block: Sequence[int],
+    b_block: Sequence[int],
+    fast_accum: bool,
+) -> torch.Tensor:
+    """a (M, K) @ b^T (K, N), in blocks: (M, N), bfloat16. Scales are those of `_hardware_scale`."""
+    a_type, b_type = (_SCALING_TYPES[block[0], block[1]] for block in (a_block, b_block))
+    swizzle = None
+    if a_type == ScalingType.BlockWise1x32:
+        swizzle = SwizzleType.SWIZZLE_32_4_4
+        # Exponents until here: not every compiler has a type for them.
+        a_scale, b_scale = (scale.view(torch.float8_e8m0fnu) for scale in (a_scale, b_scale))
+    return F.scaled_mm(
+        a,
+        b.t(),
         a_scale,
         a_type,
         b_scale,
         b_type,
         swizzle_a=swizzle,
         swizzle_b=swizzle,
-        output_dtype=hardware_dtype,
+        output_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,
     )
-    return output.to(output_dtype)
+
+
+_library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
+
+
+@register_fake("fp8dist::scaled_mm", lib=_library)
+def _(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    a_block: Sequence[int],
+    b_block: Sequence[int],
+    fast_accum: bool,
+) -> torch.Tensor:
+    return a.new_empty((a.size(0), b.size(0)), dtype=torch.bfloat16)
 
 
 def _dequantized_matmul(
@@ -101,7 +149,7 @@ def _hardware_scale(x: Scaled) -> torch.Tensor:
     block scaling" for FP8 data types.
     """
     if x.block == (1, 32):
-        return to_blocked(numerics.scale_to_exponent(x.scale)).view(torch.float8_e8m0fnu)
+        return to_blocked(numerics.scale_to_exponent(x.scale))
     inverse = x.scale.reciprocal() if x.inverse is None else x.inverse
     if x.block == (1, 128):  # (rows, K / 128), rows contiguous
         return inverse.t().contiguous().t()

@@ -10,13 +10,11 @@ from torch.library import Library, register_fake
 from fp8dist import grouped_numerics, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_rows
-from fp8dist.kernels.ops import has_kernels, in_kernels
+from fp8dist.kernels.ops import has_kernels, in_kernels, launch
 from fp8dist.numerics import Scaled, wanted
 
-try:
+if launch is not None:
     from fp8dist.kernels import grouped_launch
-except ImportError:  # no Triton: a CPU build of torch
-    grouped_launch = None  # type: ignore[assignment]
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(

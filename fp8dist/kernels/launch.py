@@ -33,8 +33,9 @@ def _cdiv(a: int, b: int) -> int:
 # Triton decides at every launch which compilation of a kernel fits the arguments, which takes the
 # CPU longer than the launch itself, and a step has hundreds. So what it decided is kept by all that
 # it looks at: dtypes, numbers, whether addresses are multiples of 16, and how it is compiled. It is
-# launched as `CompiledKernel.__getitem__` does (Triton 3.6 to 3.8), but for what is put together
-# and called for hooks when there are none.
+# launched as `CompiledKernel.__getitem__` does, but for what that puts together and calls for hooks
+# when there are none. To look at again with a new Triton (this is 3.6 to 3.8): the arguments of
+# `CompiledKernel.run`, and that a chain of hooks has its `calls`.
 
 _compiled: dict[Hashable, Any] = {}
 _MOST_COMPILED = 4096  # numbers of tokens that vary would fill it without end
@@ -56,20 +57,26 @@ def launch_kernel(
             launch_kernel(kernel, grid, tensors, numbers, constants, **options)
         return
     kinds = tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
-    key = (id(kernel), device, numbers, constants, kinds, *options.values())
+    key = (id(kernel), device, numbers, constants, kinds, *options.items())
     known = _compiled.get(key)
     if known is None:
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        if compiled is not None:  # as it is where Triton interprets
+            _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         return
     compiled, run, *function = known
-    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+    if _is_set(runtime.launch_enter_hook) or _is_set(runtime.launch_exit_hook):
         compiled[grid](*tensors, *numbers, *constants)
         return
     stream = _cuda_getCurrentRawStream(device)
     run(*grid, stream, *function, None, None, None, *tensors, *numbers, *constants)
+
+
+def _is_set(hook: Any) -> bool:
+    """Whether there is anything to call: it may be a chain of hooks, one, or None."""
+    return bool(getattr(hook, "calls", hook))
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -91,7 +98,11 @@ def _where_x_is(function: _Function) -> _Function:
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """`torch.empty` on the current device, as the compiler's own code has it: a step has hundreds,
-    and looking for a device and a layout takes the CPU longer than the memory.
+    and looking for a device and a layout takes the CPU longer than the memory. Nothing is filled
+    where `torch.use_deterministic_algorithms` would.
+
+    Args:
+        size: of ints; a `torch.Size` will not do.
     """
     return _empty_strided_cuda(size, contiguous_strides(size), dtype)
 

@@ -5,6 +5,8 @@ compiler does not touch then either (but for square blocks, see `kernels.quantiz
 They are defined in a `torch.library.Library`, as `custom_op` costs the CPU more time per call.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch.library import Library, register_fake
 
@@ -13,9 +15,9 @@ from fp8dist.config import Block, ScaleFormat
 from fp8dist.kernels.layout import Cast, cast_named, kind_of, name_of, sizes_of
 from fp8dist.numerics import Scaled
 
-try:
+if torch.backends.cuda.is_built() and find_spec("triton") is not None:
     from fp8dist.kernels import launch
-except ImportError:  # no Triton: a CPU build of torch
+else:
     launch = None  # type: ignore[assignment]
 
 

@@ -366,11 +366,15 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
     return gathered_weight(payload, state.scales, torch.Size(shard.size), dtype)
 
 
-_SIGNATURE = inspect.signature(Float8ShardedWeight(torch.empty(0))._before_all_gather)
+_OF_METHOD = inspect.signature(Float8ShardedWeight._before_all_gather)
+_SIGNATURE = _OF_METHOD.replace(parameters=[*_OF_METHOD.parameters.values()][1:])  # without self
 
 
 def _inner(value: Any) -> Any:
-    """The plain tensors of an argument; lists are all that nests there, of whole models."""
+    """An argument of an op with the plain tensors: it is one, or a list, or lists of a collective.
+
+    `pytree` takes ten times as long for the lists that foreach optimizers pass, of all parameters.
+    """
     if isinstance(value, Float8ShardedWeight):
         return value._tensor
     if type(value) in (list, tuple):

@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
-    torch.ops.aten._scaled_mm_v2.default,
+    torch.ops.fp8dist.scaled_mm.default,
     torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.fp8dist.grouped_mm.default,

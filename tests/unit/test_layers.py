@@ -1,6 +1,8 @@
 """The package's shape: what may import what, and that every module has its tests."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -89,6 +91,13 @@ def test_no_import_cycles() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+def test_importing_it_makes_no_tensors() -> None:
+    """Which may be on a device that a rank has not chosen yet."""
+    program = "import torch; torch.set_default_device('cuda'); import fp8dist, fp8dist.train.loop"
+    program += "; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_every_module_has_its_tests() -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import SwizzleType
 
-from fp8dist import hardware, matmul
-from fp8dist.config import RECIPES, TENSOR
+from fp8dist import hardware, matmul, numerics
+from fp8dist.config import RECIPES, ROW, TENSOR
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled
 
@@ -28,7 +29,7 @@ def exact(a: Scaled, b: Scaled) -> torch.Tensor:
 
 @pytest.fixture
 def float8_hardware(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Lets torch's run on the CPU, where it is right but slow, and notes its arguments."""
+    """Lets `torch._scaled_mm` run on the CPU, right but slowly, and notes its arguments."""
     calls: list[dict[str, Any]] = []
     scaled_mm = torch._scaled_mm
 
@@ -68,7 +69,7 @@ def test_transposed_views_are_taken_as_they_are() -> None:
 
 def test_a_cpu_never_uses_scaled_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
-        pytest.fail("torch's takes minutes on a CPU")
+        pytest.fail("a float8 matmul takes minutes on a CPU")
 
     monkeypatch.setattr(F, "scaled_mm", refuse)
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
@@ -114,6 +115,80 @@ def test_contracted_tokens_of_any_number(
     (call,) = float8_hardware
     assert call["a"].size(1) == call["b"].size(0) == (tokens + 15) // 16 * 16
     assert torch.equal(found.double(), exact(grad_output, input))
+
+
+def test_scales_of_rows_lie_along_the_rows_of_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """(M, 1) and (1, N), reciprocals; one scale for b, of rowwise_with_gw_hp, is one for each N."""
+    calls: list[tuple[Any, ...]] = []
+
+    def noting(a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor, **_: Any) -> torch.Tensor:
+        calls.append(scales)
+        return torch.zeros(a.size(0), b.size(1), dtype=torch.bfloat16)
+
+    monkeypatch.setattr(hardware, "has_matmul", lambda device, recipe: True)
+    monkeypatch.setattr(torch, "_scaled_mm", noting)
+    a, b = (operand(rows, 48, E4M3, 1.0, seed=rows)._replace(block=ROW) for rows in (32, 16))
+    a = a._replace(scale=torch.arange(1.0, 33).view(32, 1))
+    by_rows = b._replace(scale=torch.arange(1.0, 17).view(16, 1))
+    scaled_matmul(a, by_rows, torch.float32, RECIPES["rowwise"])
+    scaled_matmul(a, operand(16, 48, E4M3, 4.0, seed=0), torch.float32, RECIPES["rowwise"])
+    (a_scale, b_scale), (_, of_one) = calls
+    assert torch.equal(a_scale, a.scale.reciprocal())
+    assert torch.equal(b_scale, by_rows.scale.reciprocal().t())
+    assert torch.equal(of_one, torch.full((1, 16), 0.25))
+
+
+BLOCKS = {
+    "output": ((1, 128), (128, 128), "blockwise"),
+    "grad_weight": ((1, 128), (1, 128), "blockwise"),
+    "mx": ((1, 32), (1, 32), "mxfp8_rceil"),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks_are_multiplied_by_torch_as_cublas_reads_them(
+    case: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, too: torch 2.13's compiler would make a call of `torch._scaled_mm` of it, and has
+    no swizzled scales. K / 128 is no multiple of 4."""
+    a_block, b_block, recipe = BLOCKS[case]
+    (m, n, k), calls = (256, 128, 640), []
+
+    def noting(a: torch.Tensor, b: torch.Tensor, *scaling: Any, **options: Any) -> torch.Tensor:
+        calls.append((a, b, scaling, options))
+        return torch.ones(a.size(0), b.size(1), dtype=torch.bfloat16)
+
+    monkeypatch.setattr(hardware, "has_matmul", lambda device, recipe: True)
+    monkeypatch.setattr(F, "scaled_mm", noting)
+    dtype, scale_format = RECIPES[recipe].weight_dtype, RECIPES[recipe].scale_format
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        numerics.quantize(torch.randn(rows, k, generator=generator), block, dtype, scale_format)
+        for rows, block in ((m, a_block), (n, b_block))
+    )
+
+    def matmul(a: Scaled, b: Scaled) -> torch.Tensor:
+        return scaled_matmul(a, b, torch.float32, RECIPES[recipe], fast_accum=True)
+
+    found = (torch.compile(matmul, fullgraph=True) if compiled else matmul)(a, b)
+    assert found.dtype == torch.float32 and found.eq(1).all() and found.shape == (m, n)
+    ((a_data, b_data, scaling, options),) = calls
+    assert a_data.is_contiguous() and b_data.t().is_contiguous()
+    types = {(1, 128): "BlockWise1x128", (128, 128): "BlockWise128x128", (1, 32): "BlockWise1x32"}
+    assert [kind.name for kind in scaling[1::2]] == [types[a_block], types[b_block]]
+    swizzled = SwizzleType.SWIZZLE_32_4_4 if case == "mx" else None
+    assert options["swizzle_a"] == options["swizzle_b"] == swizzled
+    assert options["use_fast_accum"] and options["output_dtype"] == torch.bfloat16
+    strides = [(scale.shape, scale.stride()) for scale in scaling[::2]]
+    if case == "mx":  # 128 rows by 4 scales to a tile
+        assert strides == [((rows * k // 32,), (1,)) for rows in (m, n)]
+        assert {scale.dtype for scale in scaling[::2]} == {torch.float8_e8m0fnu}
+    else:  # of rows: (rows, K / 128), rows contiguous; of squares: (K / 128, N / 128), padded to 4
+        of_rows = [((rows, 5), (1, rows)) for rows in (m, n)]
+        assert strides == [of_rows[0], ((8, 1), (1, 8)) if case == "output" else of_rows[1]]
 
 
 def test_tokens_that_are_padded_in_one_operand() -> None:

@@ -12,8 +12,10 @@ from fp8dist.numerics import AmaxPart, CastPart
 from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
 
 pytest.importorskip("triton", reason="needs Triton")
+if not torch.backends.cuda.is_built():
+    pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from triton.knobs import runtime  # noqa: E402
+from triton.knobs import HookChain, runtime  # noqa: E402
 
 from fp8dist.kernels import launch  # noqa: E402
 
@@ -130,7 +132,7 @@ def test_each_launch_is_of_what_fits_its_arguments(first: int) -> None:
 
 
 def test_hooks_are_told_of_every_launch() -> None:
-    """Of what is launched for the first time and of what is known; none are called without them."""
+    """Of what is launched for the first time and of what is known, by either of them alone."""
     names: list[str] = []
 
     def hook(metadata: Any) -> None:
@@ -138,12 +140,20 @@ def test_hooks_are_told_of_every_launch() -> None:
 
     launch._compiled.clear()
     x = make((256, 128), "wide", torch.float32)
-    for told in (True, True, False):
-        if told:
-            runtime.launch_enter_hook.add(hook)
-        kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
-        runtime.launch_enter_hook.remove(hook)
-    assert names == 2 * ["amax_kernel", "quantize_kernel"]
+    for chain in (runtime.launch_enter_hook, runtime.launch_enter_hook, runtime.launch_exit_hook):
+        chain.add(hook)
+        try:
+            kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+        finally:
+            chain.remove(hook)
+    kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
+    assert names == 3 * ["amax_kernel", "quantize_kernel"]
+
+
+def test_what_a_hook_may_be() -> None:
+    """Triton takes none, one and, as it comes, an empty chain."""
+    assert not launch._is_set(None) and not launch._is_set(HookChain())
+    assert launch._is_set(print)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,6 +6,8 @@ import torch
 from fp8dist import numerics
 
 triton = pytest.importorskip("triton", reason="needs Triton")
+if not torch.backends.cuda.is_built():
+    pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
 
