@@ -60,7 +60,7 @@ def scaled_matmul(
             use_fast_accum=fast_accum,
         )
     else:
-        output = torch.ops.fp8dist.scaled_mm(
+        output = torch.ops.fp8dist.scaled_mm.default(
             a_data, b_data, a_scale, b_scale, a.block, b.block, fast_accum
         )
     return output.to(output_dtype)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
-from triton.knobs import runtime
+from triton.knobs import HookChain, runtime
 
 from fp8dist.config import COLUMN, ROW, TENSOR
 from fp8dist.kernels import triton_kernels as kernels
@@ -63,7 +63,7 @@ def launch_kernel(
         if len(_compiled) >= _MOST_COMPILED:
             _compiled.clear()
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        if compiled is not None:  # as it is where Triton interprets
+        if compiled is not None:  # None where Triton interprets
             _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
         return
     compiled, run, *function = known
@@ -76,7 +76,7 @@ def launch_kernel(
 
 def _is_set(hook: Any) -> bool:
     """Whether there is anything to call: it may be a chain of hooks, one, or None."""
-    return bool(getattr(hook, "calls", hook))
+    return bool(hook.calls) if isinstance(hook, HookChain) else hook is not None
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

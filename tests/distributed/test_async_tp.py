@@ -42,10 +42,7 @@ class Graphs:
         for node in graph.nodes:
             if node.target is FUSED.default:
                 self.fused.append(len(node.args[1]))
-            elif node.target in (
-                torch.ops.aten._scaled_mm.default,
-                torch.ops.aten._scaled_mm_v2.default,
-            ):
+            elif node.target is torch.ops.aten._scaled_mm.default:
                 modules = node.meta.get("nn_module_stack") or {"": ("no layer", None)}
                 self.alone.append(list(modules.values())[-1][0].split("L['self'].")[-1])
 

@@ -189,6 +189,9 @@ def test_blocks_are_multiplied_by_torch_as_cublas_reads_them(
     else:  # of rows: (rows, K / 128), rows contiguous; of squares: (K / 128, N / 128), padded to 4
         of_rows = [((rows, 5), (1, rows)) for rows in (m, n)]
         assert strides == [of_rows[0], ((8, 1), (1, 8)) if case == "output" else of_rows[1]]
+        assert torch.equal(scaling[0], a.scale.reciprocal())
+        columns = b.scale.reciprocal() if case == "grad_weight" else b.scale.reciprocal().t()
+        assert torch.equal(scaling[2][: len(columns)], columns)
 
 
 def test_tokens_that_are_padded_in_one_operand() -> None:

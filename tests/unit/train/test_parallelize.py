@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import fp8dist
 from fp8dist import hardware
-from fp8dist.train.parallelize import KEPT_OPS
+from fp8dist.train import parallelize
+from tests.unit.moe import DIM, EXPERTS, StackedExperts
 
 
 class Matmuls(TorchDispatchMode):
@@ -33,6 +34,29 @@ def zeros(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.zeros(a.size(0), b.size(1), dtype=torch.bfloat16)
 
 
+def zeros_of_groups(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    offs: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    size = (a.size(0), b.size(2)) if b.dim() == 3 else (offs.numel(), a.size(0), b.size(1))
+    return torch.zeros(size, dtype=torch.bfloat16)
+
+
+def matmuls_of(module: nn.Module, *args: torch.Tensor) -> Counter[str]:
+    """Those of a forward and a backward, where the job's choice of operations is kept."""
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, parallelize._keep_or_recompute
+    )
+    with Matmuls() as matmuls:
+        checkpoint(module, *args, use_reentrant=False, context_fn=contexts).sum().backward()
+    return matmuls.counts
+
+
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize(
     ("recipe", "expected"),
@@ -50,15 +74,36 @@ def test_no_matmul_is_done_twice(
     """Two layers, three matmuls each, as the hardware would run them."""
     monkeypatch.setattr(hardware, "has_matmul", lambda device, recipe: True)
     monkeypatch.setattr(F, "scaled_mm", zeros)
-    # A CPU multiplies no rows in torch 2.11.
-    kernel = torch.library.Library("aten", "IMPL")
-    kernel.impl("_scaled_mm", zeros, "CPU", allow_override=True)
     layers = [nn.Linear(128, 128, bias=False, dtype=torch.bfloat16) for _ in range(2)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     if recipe is not None:
         model = fp8dist.convert_to_float8_training(model, config=recipe)
     x = torch.randn(32, 128, dtype=torch.bfloat16, requires_grad=True)
-    contexts = functools.partial(create_selective_checkpoint_contexts, list(KEPT_OPS))
-    with Matmuls() as matmuls:
-        checkpoint(model, x, use_reentrant=False, context_fn=contexts).sum().backward()
-    assert matmuls.counts == expected
+    # A CPU multiplies no rows in torch 2.11.
+    with torch.library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl("_scaled_mm", zeros, "CPU", allow_override=True)
+        assert matmuls_of(model, x) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize(
+    ("recipe", "native", "expected"),
+    [
+        ("rowwise", True, "aten::_scaled_grouped_mm"),
+        ("mxfp8_rceil", False, "fp8dist::grouped_mm"),
+        (None, False, "aten::_grouped_mm"),
+    ],
+)
+def test_no_matmul_of_experts_is_done_twice(
+    recipe: str | None, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three grouped matmuls, each with two of its backward."""
+    monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: native)
+    model = nn.Module()
+    model.experts = StackedExperts()
+    if recipe is not None:
+        fp8dist.convert_moe_to_float8_training(model, config=recipe)
+    x, tokens = torch.randn(EXPERTS * 32, DIM, requires_grad=True), torch.full((EXPERTS,), 32)
+    with torch.library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
+        assert matmuls_of(model.experts, x, tokens)[expected] == 9
