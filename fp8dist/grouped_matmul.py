@@ -112,4 +112,4 @@ def _inverse(x: Scaled | ScaledGroups) -> torch.Tensor:
 
 def _in_matmul_dtype(x: torch.Tensor) -> torch.Tensor:
     # A GPU's grouped matmuls take bfloat16, in which float8 times a power of two is exact.
-    return x.bfloat16() if x.is_cuda else x
+    return x.bfloat16() if x.is_cuda or hardware.matmuls_are_assumed() else x

@@ -66,9 +66,8 @@ _assumed = False
 
 @contextmanager
 def assume_matmuls() -> Iterator[None]:
-    """While it is open, devices count as having every recipe's matmul: for fake tensors.
-
-    Grouped ones are left to their stand-ins.
+    """While it is open, devices count as having every recipe's matmul, and grouped ones of rows, as
+    a GPU that has them: for fake tensors.
     """
     global _assumed
     before, _assumed = _assumed, True
@@ -78,12 +77,16 @@ def assume_matmuls() -> Iterator[None]:
         _assumed = before
 
 
+def matmuls_are_assumed() -> bool:
+    return _assumed
+
+
 def multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: bool = False) -> bool:
     """Whether to use the device's float8 matmul; says once in the log when it has none."""
     if emulate:
         return False
     if _assumed:
-        return not grouped
+        return not grouped or recipe.weight == ROW
     if (has_grouped_matmul if grouped else has_matmul)(device, recipe):
         return True
     if not torch.compiler.is_compiling():

@@ -107,7 +107,8 @@ def test_matmuls_are_assumed_until_it_ends() -> None:
     with hardware.assume_matmuls():
         assert hardware.multiplies(CPU, TENSORWISE, emulate=False)
         assert not hardware.multiplies(CPU, TENSORWISE, emulate=True)
-        assert not hardware.multiplies(CPU, RECIPES["rowwise"], emulate=False, grouped=True)
+        assert hardware.multiplies(CPU, RECIPES["rowwise"], emulate=False, grouped=True)
+        assert not hardware.multiplies(CPU, RECIPES["mxfp8_rceil"], emulate=False, grouped=True)
     assert not hardware.multiplies(CPU, TENSORWISE, emulate=False)
 
 

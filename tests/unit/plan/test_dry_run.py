@@ -200,6 +200,21 @@ def test_tensor_parallelism(recipe: str) -> None:
     assert handed == expected
 
 
+def test_experts_outputs_are_kept_as_a_gpu_keeps_them() -> None:
+    """In bfloat16, also where they are dequantized and a CPU would multiply in float32."""
+    job = parse_config(
+        [
+            "--model.flavor=debugmoe",
+            "--training.seq_len=64",
+            "--activation_checkpoint.mode=selective",
+            "--activation_checkpoint.selective_ac_option=op",
+        ]
+    )
+    base = dry(unconverted(job)[1], 2).memory["activations"]
+    for recipe, other in with_recipes(job, ["rowwise", "mxfp8_rceil"], experts=True).items():
+        assert 0.9 < dry(other, 2).memory["activations"] / base < 1.1, recipe
+
+
 def test_two_short_models_tell_what_a_deep_one_does() -> None:
     """Of 2 and 4 layers, as every second recomputes its activations."""
     job = job_of(
