@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch._C import _cuda_getCurrentRawStream
-from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
 
 from fp8dist.config import COLUMN, ROW, TENSOR
@@ -93,7 +93,7 @@ def _where_x_is(function: _Function) -> _Function:
         with torch.cuda.device(device):
             return function(x, *args)
 
-    return there  # type: ignore[return-value]
+    return there  # type: ignore[return-value]  # of a wrapper with *args mypy knows no arguments
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _plan(
         inverse: columns and strides of x_inverse, if there is one.
     """
     a, b, float8_dtype, scale_format = cast
-    sizes, m_padded, amaxes = sizes_of(m, n, a, b, scale_format, given)
+    sizes, m_padded, amaxes = sizes_of(m, n, cast, given)
     kind, t_kind = kind_of(a), kind_of(b)
     by = "none" if inverse is None else "row" if inverse[0] == 1 else "own"
     exponent = FLOAT8_EXPONENT[float8_dtype]

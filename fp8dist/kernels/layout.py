@@ -44,16 +44,15 @@ def name_of(cast: Cast) -> str:
 def cast_named(name: str) -> Cast:
     *blocks, dtype, scale_format = name.split()
     a, b = (None if block == "none" else tuple(map(int, block.split("x"))) for block in blocks)
+    # To mypy tuples of any length and any string.
     return Cast(a, b, getattr(torch, dtype), scale_format)  # type: ignore[arg-type]
 
 
 Sizes = tuple[tuple[int, ...], ...]
 
 
-def sizes_of(
-    m: int, n: int, block: Block | None, t_block: Block | None, scale_format: str, given: bool
-) -> tuple[Sizes, int, int]:
-    """For x (M, N) in blocks `block`, and its transpose in what are blocks `t_block` of x.
+def sizes_of(m: int, n: int, cast: Cast, given: bool) -> tuple[Sizes, int, int]:
+    """For x (M, N).
 
     Scales are (2, ...), see [Note: reciprocals], or e8m0 (1, ...). Within a row (or, of the
     transpose, a column of x) blocks of a number of elements have theirs column by column.
@@ -65,6 +64,7 @@ def sizes_of(
         The sizes of data, scales, transposed data and its scales, (0, 0) where they are not wanted;
         M padded for the transpose; how many amaxes have to be found before the cast.
     """
+    block, t_block, _, scale_format = cast
     kind, t_kind = kind_of(block), kind_of(t_block)
     sizes: list[tuple[int, ...]] = [(0, 0)] * 4
     copies = 1 if scale_format == "e8m0" else 2

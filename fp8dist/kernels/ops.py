@@ -122,9 +122,7 @@ def _(
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     what, given = cast_named(cast), new_scale is not None
-    sizes, _, _ = sizes_of(
-        x.size(0), x.size(1), what.block, what.transposed_block, what.scale_format, given
-    )
+    sizes, _, _ = sizes_of(x.size(0), x.size(1), what, given)
     dtypes = (what.float8_dtype, torch.float32, what.float8_dtype, torch.float32)
     return tuple(
         torch.empty(size, dtype=dtype, device=x.device)

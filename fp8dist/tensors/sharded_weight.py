@@ -249,6 +249,7 @@ class Float8ShardedWeight(torch.Tensor):
         together each time.
         """
         hook = functools.partial(self._before_all_gather)
+        # `inspect` looks for it on any callable; typeshed's `partial` has no such attribute.
         hook.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
         return hook
 

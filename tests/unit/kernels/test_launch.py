@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from triton.knobs import HookChain, runtime  # noqa: E402
+from triton.knobs import HookChain, runtime  # noqa: E402  # where there is Triton
 
 from fp8dist.kernels import launch  # noqa: E402
 

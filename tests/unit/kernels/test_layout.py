@@ -69,7 +69,8 @@ def test_kernels_get_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scales_of_blocks_are_written_column_by_column() -> None:
-    sizes, m_padded, amaxes = sizes_of(100, 256, (1, 128), (128, 1), "power_of_2", False)
+    cast = Cast((1, 128), (128, 1), torch.float8_e4m3fn, "power_of_2")
+    sizes, m_padded, amaxes = sizes_of(100, 256, cast, False)
     assert sizes == ((100, 256), (2, 2, 100), (256, 128), (2, 1, 256))
     assert (m_padded, amaxes) == (128, 0)
 
@@ -82,8 +83,9 @@ def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
         ((1, -1), None, 0),
         (None, (-1, 1), 128),
     ]:
-        assert sizes_of(M, N, block, t_block, "power_of_2", False)[2] == expected
-    assert sizes_of(M, N, None, (-1, 1), "power_of_2", True)[2] == 0
+        cast = Cast(block, t_block, torch.float8_e4m3fn, "power_of_2")
+        assert sizes_of(M, N, cast, False)[2] == expected
+    assert sizes_of(M, N, cast, True)[2] == 0  # of the last, whose scales are given
 
 
 @pytest.mark.parametrize("size", [(5,), (3, 4), (2, 1, 7), (0, 0), (0, 4), (4, 0), (2, 0, 3)])
