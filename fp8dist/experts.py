@@ -17,9 +17,10 @@ from fp8dist.grouped_numerics import ScaledGroups
 from fp8dist.kernels import grouped
 from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.compiler_cache import hash_for_caching
+from fp8dist.tensors.edits import Edits
 from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_data, scales_by_use
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
-from fp8dist.tensors.weight_state import Edits, WeightState
+from fp8dist.tensors.weight_state import WeightState
 
 aten = torch.ops.aten
 

@@ -28,8 +28,9 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
         for module in root.modules():
             for state, param in weights_of(module):
                 if not is_sharded(param) and state.seen is not None:
-                    # FSDP2 has the unsharded weight in the module now, which keeps its scales.
-                    param, state.scales = state.seen.param, None
+                    # FSDP2 has the unsharded weight in the module now, which keeps its scales, and
+                    # its data: see [Note: one rank] in `sharded_weight`.
+                    param, state.scales, state.payload = state.seen.param, None, None
                 if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
                     seen.add(state)
                     if state.seen is None or state.seen.param is not param:

@@ -17,9 +17,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist.tensors import addresses
-from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight, is_view, scales_by_use
+from fp8dist.tensors.edits import Edits, local_shard
+from fp8dist.tensors.float8_tensor import (
+    Float8Tensor,
+    gathered_data,
+    gathered_weight,
+    is_view,
+    scales_by_use,
+)
 from fp8dist.tensors.placement import matrix_size
-from fp8dist.tensors.weight_state import Edits, Seen, WeightState, local_shard, update_scales
+from fp8dist.tensors.weight_state import WeightState, make_current
 
 logger = logging.getLogger("fp8dist")
 aten = torch.ops.aten
@@ -68,35 +75,6 @@ def check_reshard(root: nn.Module | None) -> None:
         _checked_roots.add(root)
 
 
-_warned_stale = False
-
-
-def _warn_stale(fqn: str) -> None:
-    global _warned_stale
-    if not _warned_stale:
-        _warned_stale = True
-        logger.warning(
-            "%s was edited after its float8 scales were computed; they are computed again where "
-            "the weight is used, with one more collective per weight. Call "
-            "fp8dist.precompute_float8_dynamic_scale_for_fsdp(model) after optimizer.step(), or "
-            "fp8dist.register_precompute_hook(optimizer, model) once",
-            fqn,
-        )
-
-
-def _make_current(state: WeightState, param: DTensor) -> None:
-    """Compute the scales of an edited weight; see [Note: noticing edits]."""
-    if state.seen is None or not state.seen.still_holds(param):
-        if state.seen is not None and state.scales:
-            state.check_noticed_everywhere(param)
-            _warn_stale(state.fqn)
-        update_scales([state], [param])
-    elif state.taken and state.shard_now(param).some_are_empty:
-        update_scales([state], [param])  # as other ranks may have to
-    elif state.seen.shard is not local_shard(param):  # lazy initialisation has moved the shard
-        state.seen = Seen.now(param)
-
-
 # Ops whose result is a new place for the parameter: FSDP2 and `to_empty` move one with them.
 _MOVE_OPS = {aten.new_zeros.default, aten.empty_like.default, aten._pin_memory.default}
 # Ops whose result is another parameter with the same values.
@@ -106,8 +84,8 @@ _COPY_OPS = {aten.clone.default, aten._to_copy.default}
 class Float8ShardedWeight(torch.Tensor):
     """A linear weight, or FSDP2's shard of it: a high-precision tensor with FSDP2's two hooks.
 
-    Optimizers, gradient clipping and initialisation see and edit the plain tensor inside. What
-    the hooks need beside it is in the module's `WeightState`; see [Note: noticing edits] there.
+    Optimizers, gradient clipping and initialisation see and edit the plain tensor inside. What the
+    hooks need beside it is in the module's `WeightState`; see [Note: noticing edits] in `edits`.
 
     Args:
         tensor: (n, K), float32, bfloat16 or float16.
@@ -266,7 +244,9 @@ class Float8ShardedWeight(torch.Tensor):
         the parameter.
 
         Returns:
-            ((payload,), (scales, outer_size)): see `WeightState`; the metadata stays here.
+            ((payload,), (scales, outer_size, None)): see `WeightState`; the metadata stays here.
+            Of one rank that keeps its payload, see [Note: one rank]:
+            ((no rows of it,), (scales, outer_size, payload)).
         """
         state, param = self._of_module(module)
         if not isinstance(state, WeightState):
@@ -281,7 +261,7 @@ class Float8ShardedWeight(torch.Tensor):
             check_reshard(state.root())
         state.check_buffer()
         state.set_gathered(True)
-        _make_current(state, param)
+        make_current(state, param)
         if state.shard_now(param).size != matrix_size(outer_size):
             raise AssertionError(
                 f"{state.fqn}: FSDP2 gathers {tuple(outer_size)} of a weight placed as "
@@ -293,9 +273,20 @@ class Float8ShardedWeight(torch.Tensor):
             payload = state.payload_on(device, param)
         else:
             payload = state.current_payload(self._tensor, param)
+        kept = payload if mesh.size() == 1 and payload is state.payload else None
+        if kept is not None:
+            payload = payload[:0]
         if len(outer_size) == 3:
             payload = payload.view(-1, self.size(1), payload.size(1))
-        return (payload,), (state.scales, outer_size)
+        return (payload,), (state.scales, outer_size, kept)
+
+    # [Note: one rank]
+    # A rank that shards with no other (one GPU, or HSDP that only replicates) has all of the weight
+    # in its payload, and FSDP2 would copy it at each unshard. So where the payload is kept it is
+    # handed past FSDP2, which copies and frees no bytes, and the unsharded weight is the payload
+    # itself. The next `precompute` writes to it; as where FSDP2 unshards again, what an earlier
+    # forward saved for backward then has the new bytes, and its version does not tell autograd:
+    # FSDP2 makes a parameter of the weight, whose data count for themselves, as `data` do.
 
     def fsdp_post_all_gather(
         self,
@@ -318,13 +309,17 @@ class Float8ShardedWeight(torch.Tensor):
             The unsharded weight and the tensors in it that FSDP2 frees when it reshards.
         """
         (payload,) = all_gather_outputs
-        scales, size = metadata
+        scales, size, kept = metadata
         if out is not None:
             unsharded = out._local_tensor if isinstance(out, DTensor) else out
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
             unsharded._scales, unsharded._scales_for_grad_input = scales_by_use(scales)
+            if kept is not None and kept.data_ptr() != unsharded._data.data_ptr():
+                unsharded._data = gathered_data(kept, not scales, size).data
             return None
+        if kept is not None:
+            return self._unsharded(kept, scales, size, param_dtype), ()
         return self._unsharded(payload, scales, size, param_dtype), (payload,)
 
     def _unsharded(
@@ -359,7 +354,7 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
     state.set_gathered(False)
     # What selective checkpointing recomputes must not depend on whether this was up to date.
     with _disable_current_modes():
-        _make_current(state, param)
+        make_current(state, param)
         shard = state.shard_now(param)
         payload = state.current_payload(shard.data, param)
     if state.scales is None:

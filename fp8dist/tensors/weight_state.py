@@ -3,7 +3,7 @@
 import bisect
 import logging
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,31 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from fp8dist import numerics, precompute
 from fp8dist.config import Float8Config
+from fp8dist.tensors.edits import Seen, local_shard
 from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
 
 logger = logging.getLogger("fp8dist")
-
-# [Note: noticing edits]
-# The scales and the payload of a shard are computed once per optimizer step and must not be used
-# after the shard was edited. No single signal sees every edit:
-#   - `Float8ShardedWeight.__torch_dispatch__` sees eager optimizers (for-loop, foreach, fused),
-#     `copy_`, edits through `.data` and `load_state_dict`. It counts them on an `Edits` object
-#     that all views of a parameter share.
-#   - a compiled optimizer step moves the `_version` of the DTensor parameter only;
-#   - code that edits the plain tensors of a state dict in place (`dcp.load`) moves the `_version`
-#     of the inner tensor only. It writes nothing where a shard has no elements: such a weight
-#     counts as edited wherever a state dict was taken since, and an edit of one that was taken
-#     before is refused: a rank that does not notice it would be waited for.
-#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
-# An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
-# scales were computed. Not seen are edits of a state dict's tensors that move no version: by
-# foreach functions, through `.data`, numpy or a collective.
-#
-# Whether to communicate must not depend on the rank. FSDP2's lazy initialisation moves the shard
-# to a padded buffer on the ranks whose shard is short, and on those only. Such a buffer's `Edits`
-# know from which parameter it was made; the copy that fills it changes no value and does not count,
-# and the versions are compared on the tensors that were seen, whether or not they are still the
-# parameter's.
 
 # [Note: offloaded shards]
 # Under `CPUOffloadPolicy` FSDP2 keeps the shard in host memory and calls `to(device)` on it before
@@ -45,79 +24,6 @@ logger = logging.getLogger("fp8dist")
 # host memory too, pinned if the shard is, and all that needs to move. So `to` of the parameter's
 # own local tensor, once the hook has marked it, only notes the device, and the hook moves the
 # payload there. A view has no mark: what users get from `to_local()` moves as any tensor does.
-
-
-def local_shard(param: DTensor) -> Any:
-    """This rank's `Float8ShardedWeight` of a parameter."""
-    return param._local_tensor
-
-
-class Edits:
-    """Counts in-place writes to one parameter, shared by all views of it.
-
-    Args:
-        moved_from: the edits of the parameter for which this storage was made, to be filled by
-            one copy of it (see [Note: noticing edits]).
-        filled: whether that has happened.
-    """
-
-    def __init__(self, moved_from: "Edits | None" = None, filled: bool = False) -> None:
-        self.count = 0
-        self.moved_from = moved_from
-        self.filled = filled
-
-    def is_same_as(self, seen: "Edits") -> bool:
-        """Whether this counts for the parameter as seen, or as moved since without an edit."""
-        edits: Edits | None = self
-        while edits is not None and edits is not seen:
-            edits = edits.moved_from if edits.filled and edits.count == 0 else None
-        return edits is seen
-
-
-@dataclass
-class Seen:
-    """A parameter as it was when its scales were computed."""
-
-    param: DTensor
-    param_version: int
-    shard: torch.Tensor  # the Float8ShardedWeight
-    shard_version: int
-    inner: torch.Tensor  # the plain shard
-    inner_version: int
-    edits: Edits
-    edit_count: int
-
-    @classmethod
-    def now(cls, param: DTensor) -> "Seen":
-        shard = local_shard(param)
-        inner, edits = shard._tensor, shard._edits
-        return cls(
-            param,
-            param._version,
-            shard,
-            shard._version,
-            inner,
-            inner._version,
-            edits,
-            edits.count,
-        )
-
-    def still_holds(self, param: DTensor) -> bool:
-        return (
-            self.param is param
-            and self.param_version == param._version
-            and self.shard_version == self.shard._version
-            and self.inner_version == self.inner._version
-            and local_shard(param)._edits.is_same_as(self.edits)
-            and self.edit_count == self.edits.count
-        )
-
-    def inner_alone_was_edited(self, param: DTensor) -> bool:
-        """Whether this does not hold because of an edit of a state dict's tensor, and only that."""
-        version = self.inner._version
-        return version != self.inner_version and replace(self, inner_version=version).still_holds(
-            param
-        )
 
 
 class WeightState:
@@ -282,6 +188,35 @@ def _take_scales(states: list[WeightState], scales: list[list[tuple[torch.Tensor
         # What an earlier forward saved for backward is not used any more.
         with torch.autograd._unsafe_preserve_version_counter(tuple(targets)):
             torch._foreach_copy_(targets, sources)
+
+
+_warned_stale = False
+
+
+def _warn_stale(fqn: str) -> None:
+    global _warned_stale
+    if not _warned_stale:
+        _warned_stale = True
+        logger.warning(
+            "%s was edited after its float8 scales were computed; they are computed again where "
+            "the weight is used, with one more collective per weight. Call "
+            "fp8dist.precompute_float8_dynamic_scale_for_fsdp(model) after optimizer.step(), or "
+            "fp8dist.register_precompute_hook(optimizer, model) once",
+            fqn,
+        )
+
+
+def make_current(state: WeightState, param: DTensor) -> None:
+    """Compute the scales of an edited weight; see [Note: noticing edits] in `edits`."""
+    if state.seen is None or not state.seen.still_holds(param):
+        if state.seen is not None and state.scales:
+            state.check_noticed_everywhere(param)
+            _warn_stale(state.fqn)
+        update_scales([state], [param])
+    elif state.taken and state.shard_now(param).some_are_empty:
+        update_scales([state], [param])  # as other ranks may have to
+    elif state.seen.shard is not local_shard(param):  # lazy initialisation has moved the shard
+        state.seen = Seen.now(param)
 
 
 @torch.inference_mode(False)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import fp8dist
 from fp8dist import Float8Config
-from fp8dist.tensors import sharded_weight
+from fp8dist.tensors import weight_state
 from tests.distributed.composition_model import DIM, Model
 from tests.distributed.harness import DEVICE
 from tests.distributed.pairwise import Case
@@ -28,7 +28,7 @@ from tests.distributed.toy import batch_of, full, loss_of
 LEARNING_RATE = 1e-2
 MAX_NORM = 0.05  # less than any step's
 
-WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3}
+WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3, "hsdp 2x1": 2, "fsdp x tp 1x2": 2}
 
 
 def world_of(case: Case) -> int:
@@ -358,17 +358,17 @@ def _arrived(model: Model) -> dict[str, str]:
 def scales_computed_at_gathers() -> Iterator[list[str]]:
     """Collects the names of weights whose scales are computed where they are gathered, each with
     a collective of its own, as they were edited with no precompute after."""
-    original, names = sharded_weight.update_scales, []
+    original, names = weight_state.update_scales, []
 
     def update_scales(states: list[Any], *args: Any) -> None:
         names.extend(state.fqn for state in states)
         original(states, *args)
 
-    sharded_weight.update_scales = update_scales
+    weight_state.update_scales = update_scales
     try:
         yield names
     finally:
-        sharded_weight.update_scales = original
+        weight_state.update_scales = original
 
 
 def _values(model: nn.Module) -> dict[str, torch.Tensor]:

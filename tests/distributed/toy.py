@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8dist
 from fp8dist.config import RECIPES
-from fp8dist.tensors import sharded_weight, weight_state
+from fp8dist.tensors import weight_state
 from tests.distributed.harness import DEVICE
 
 # Of each recipe added later too.
@@ -197,7 +197,7 @@ class _Collector(logging.Handler):
 @contextmanager
 def warnings_of_the_library() -> Iterator[list[str]]:
     """Collects what it warns of, in a process that has warned of nothing yet."""
-    sharded_weight._warned_stale = False
+    weight_state._warned_stale = False
     weight_state._reported_non_finite = False
     collector, logger = _Collector(), logging.getLogger("fp8dist")
     logger.addHandler(collector)

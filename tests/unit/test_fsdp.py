@@ -58,7 +58,7 @@ def check_current(model: nn.Module) -> None:
 
 @pytest.fixture(autouse=True)
 def warn_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sharded_weight, "_warned_stale", False)
+    monkeypatch.setattr(weight_state, "_warned_stale", False)
     yield
 
 
@@ -72,7 +72,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([state.fqn for state in some])
         update_scales(some, *args)
 
-    for module in (fp8dist.fsdp, sharded_weight):
+    for module in (fp8dist.fsdp, weight_state):
         monkeypatch.setattr(module, "update_scales", noting)
     return calls
 
@@ -176,10 +176,13 @@ def test_precompute_while_the_weights_are_unsharded(mesh: DeviceMesh) -> None:
     model = converted()
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model(INPUT)
+    before = [layer.weight.dequantize() for layer in (model[0], model[2])]
     with torch.no_grad():
         for state in states(model):
-            state.seen.param.mul_(3)
+            state.seen.param.add_(1)  # other data, not the same with another scale
     precompute_float8_dynamic_scale_for_fsdp(model)
+    for layer, value in zip((model[0], model[2]), before, strict=True):
+        assert torch.equal(layer.weight.dequantize(), value)
     model.reshard()
     check_current(model)
 

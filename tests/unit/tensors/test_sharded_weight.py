@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fp8dist
 from fp8dist import Float8Config, kernels
-from fp8dist.tensors import sharded_weight
+from fp8dist.config import RECIPES
+from fp8dist.tensors import sharded_weight, weight_state
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded, local_float8
 from fp8dist.tensors.weight_state import WeightState
@@ -557,7 +558,7 @@ def test_training_under_fsdp_equals_training_without(mesh: DeviceMesh, reshard: 
 
 def test_what_autograd_saved_is_refilled(mesh: DeviceMesh) -> None:
     """A forward saves the unsharded weight, resharding frees it, and backward gathers it again."""
-    model = converted(mesh)
+    model = converted(mesh, cache_payload=False)
     model.unshard()
     weight = model[0].weight
     saved, before = weight.detach(), weight.dequantize()
@@ -569,6 +570,94 @@ def test_what_autograd_saved_is_refilled(mesh: DeviceMesh) -> None:
     assert model[0].weight is weight
     # Twice the weight is the same float8 data with half the scale.
     assert torch.equal(saved.dequantize(), before * 2)
+
+
+# --- one rank, whose payload is the weight
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_payload_of_one_rank_is_not_copied(mesh: DeviceMesh, recipe: str) -> None:
+    def one_layer(**config: Any) -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.Linear(256, 128, bias=False)
+        fp8dist.convert_to_float8_training(layer, config=Float8Config(recipe, **config))
+        return fully_shard(layer, mesh=mesh)
+
+    layer, copied = one_layer(), one_layer(cache_payload=False)
+    for _ in range(2):
+        layer.unshard()
+        copied.unshard()
+        payload = layer.weight_state.payload
+        assert layer.weight._data.data_ptr() == payload.data_ptr()
+        assert torch.equal(layer.weight.dequantize(), copied.weight.dequantize())
+        layer.reshard()
+        copied.reshard()
+        assert payload.untyped_storage().size() == payload.nbytes, "FSDP2 has freed it"
+    (param,) = layer._get_fsdp_state()._fsdp_param_group.fsdp_params
+    assert sum(tensor.numel() for tensor in param.all_gather_outputs) == 0
+
+
+def test_an_edit_of_one_rank_reaches_the_weight(mesh: DeviceMesh) -> None:
+    model = converted(mesh)
+    model.unshard()
+    weight = model[0].weight
+    saved, before = weight.detach(), weight.dequantize()
+    model.reshard()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    model.unshard()
+    assert model[0].weight is weight
+    assert torch.equal(weight.dequantize(), before * 2)
+    assert torch.equal(saved.dequantize(), before * 2)
+
+
+def test_one_rank_with_another_payload_has_that_one(mesh: DeviceMesh) -> None:
+    model = converted(mesh)
+    model.unshard()
+    before = model[0].weight.dequantize()
+    model.reshard()
+    state = model[0].weight_state
+    lost, state.payload = state.payload.zero_(), None
+    model.unshard()
+    assert state.payload is not lost
+    assert model[0].weight._data.data_ptr() == state.payload.data_ptr()
+    assert torch.equal(model[0].weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_one_rank_goes_backward_after_an_edit_as_fsdp_does(
+    mesh: DeviceMesh, compiled: bool, first: bool
+) -> None:
+    """With the weight as it is then: FSDP2 tells autograd of no unshard, and we of no cast.
+
+    Args:
+        first: whether it has the payload that it was first gathered with.
+    """
+
+    def grad_input(edited: bool, **config: Any) -> torch.Tensor:
+        model = converted(mesh, **config)
+        x = INPUT.clone().requires_grad_()
+        model.unshard()
+        if not first:
+            model.reshard()
+            model[2].weight_state.payload = None
+            model.unshard()
+        forward = nn.Sequential(*model)  # without FSDP2's hooks
+        loss = (torch.compile(forward, backend="aot_eager") if compiled else forward)(x).sum()
+        model.reshard()
+        if edited:
+            with torch.no_grad():
+                model[2].weight.mul_(2)
+            fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+        model.unshard()
+        loss.backward()
+        return x.grad
+
+    found = grad_input(edited=True)
+    assert torch.equal(found, 2 * grad_input(edited=False))
+    assert torch.equal(found, grad_input(edited=True, cache_payload=False))
 
 
 def test_a_weight_in_another_module_is_refused(mesh: DeviceMesh) -> None:
@@ -624,7 +713,7 @@ def test_a_weight_over_tp_is_cast_once_per_step(
     first = use(layer, torch.bfloat16)
     assert (first.shape, first.dtype, first.requires_grad) == ((N, K), torch.bfloat16, False)
     check_value(first, hp_weight())
-    monkeypatch.setattr(sharded_weight, "update_scales", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(weight_state, "update_scales", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(WeightState, "shard_now", lambda state, _: state.shard[1])
     monkeypatch.setattr(kernels, "cast_into", lambda _: pytest.fail("cast again"))
     again = use(layer)
@@ -636,7 +725,7 @@ def test_an_edited_weight_over_tp_is_cast_again_and_warned_of_once(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[str] = []
-    monkeypatch.setattr(sharded_weight, "_warn_stale", warned.append)
+    monkeypatch.setattr(weight_state, "_warn_stale", warned.append)
     layer = over_tp(mesh)
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
     with torch.no_grad():

@@ -14,19 +14,14 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 import fp8dist
 from fp8dist import Float8Config
-from fp8dist.tensors import sharded_weight, weight_state
+from fp8dist.tensors import weight_state
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
-from fp8dist.tensors.weight_state import Seen, WeightState, update_scales
-
-N, K = 48, 32
-
-
-def hp_weight(seed: int = 0) -> torch.Tensor:
-    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+from fp8dist.tensors.weight_state import WeightState, update_scales
+from tests.unit.tensors.sharded_layer import K, N, hp_weight, shard_of, sharded
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,25 +31,11 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return data.view(torch.uint8), scale
 
 
-def sharded(
-    mesh: DeviceMesh, config: Float8Config | None = None, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    layer = nn.Linear(K, N, bias=False, dtype=dtype)
-    with torch.no_grad():
-        layer.weight.copy_(hp_weight())
-    fp8dist.convert_to_float8_training(layer, config=config)
-    return fully_shard(layer, mesh=mesh)
-
-
-def shard_of(layer: nn.Module) -> torch.Tensor:
-    return layer.weight._local_tensor._tensor
-
-
 @pytest.fixture(autouse=True)
 def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Warnings that are given once per process are given once per test."""
     monkeypatch.setattr(weight_state, "_reported_non_finite", False)
-    monkeypatch.setattr(sharded_weight, "_warned_stale", False)
+    monkeypatch.setattr(weight_state, "_warned_stale", False)
     yield
 
 
@@ -215,96 +196,7 @@ def test_update_scales_takes_many_weights_at_once(
     assert len(storages) == 3, "each in a storage of its own"
 
 
-# --- outdated or not
-
-# How code gets hold of a weight, and what it does to it. `sub` is on a part, as pruning code is.
-WAYS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
-    "parameter": lambda layer: layer.weight,
-    ".data": lambda layer: layer.weight.data,
-    "detach": lambda layer: layer.weight.detach(),
-    "to_local": lambda layer: layer.weight.to_local(),
-    "_local_tensor": lambda layer: layer.weight._local_tensor,
-    "inner tensor": shard_of,
-    "state dict": lambda layer: layer.state_dict()["weight"],
-    "state dict to_local": lambda layer: layer.state_dict()["weight"].to_local(),
-}
-EDITS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "copy_": lambda w: w.copy_(w + 1),
-    "mul_": lambda w: w.mul_(2),
-    "slice": lambda w: w[2:4].mul_(2),
-    "row": lambda w: w[3].mul_(2),
-    "column": lambda w: w[:, 3].mul_(2),
-    "transposed": lambda w: w.t().mul_(2),
-    "flattened": lambda w: w.view(-1).mul_(2),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("way", WAYS)
-def test_every_edit_outdates_the_scales(mesh: DeviceMesh, way: str, edit: str) -> None:
-    layer = sharded(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    seen = layer.weight_state.seen
-    assert seen.still_holds(layer.weight)
-    with torch.no_grad():
-        EDITS[edit](WAYS[way](layer))
-    assert not torch.equal(shard_of(layer), hp_weight())
-    assert not seen.still_holds(layer.weight)
-
-
-@pytest.mark.parametrize("way", ["parameter", ".data", "to_local", "_local_tensor"])
-def test_a_foreach_edit_outdates_the_scales(mesh: DeviceMesh, way: str) -> None:
-    layer = sharded(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    with torch.no_grad():
-        torch._foreach_mul_([WAYS[way](layer)], 2.0)
-    assert not layer.weight_state.seen.still_holds(layer.weight)
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str
-)
-def test_an_optimizer_step_outdates_the_scales(mesh: DeviceMesh, kwargs: dict[str, bool]) -> None:
-    layer = sharded(mesh)
-    optimizer = torch.optim.AdamW(layer.parameters(), **kwargs)
-    layer(torch.ones(4, K)).sum().backward()
-    layer.reshard()
-    assert layer.weight_state.seen.still_holds(layer.weight)
-    optimizer.step()
-    assert not layer.weight_state.seen.still_holds(layer.weight)
-
-
-def seen_by(mesh: DeviceMesh) -> tuple[Seen, DTensor]:
-    layer = sharded(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    return layer.weight_state.seen, layer.weight
-
-
-def test_the_counter_alone_outdates(mesh: DeviceMesh) -> None:
-    seen, param = seen_by(mesh)
-    param._local_tensor._edits.count += 1
-    assert not seen.still_holds(param)
-
-
-def test_the_version_of_the_parameter_alone_outdates(mesh: DeviceMesh) -> None:
-    """All that a compiled optimizer step moves."""
-    seen, param = seen_by(mesh)
-    torch.autograd.graph.increment_version(param)
-    assert not seen.still_holds(param)
-
-
-def test_the_version_of_the_inner_tensor_alone_outdates(mesh: DeviceMesh) -> None:
-    seen, param = seen_by(mesh)
-    count = param._local_tensor._edits.count
-    param._local_tensor._tensor.mul_(2)
-    assert param._local_tensor._edits.count == count
-    assert not seen.still_holds(param)
-
-
-def test_another_parameter_outdates(mesh: DeviceMesh) -> None:
-    seen, _ = seen_by(mesh)
-    _, other = seen_by(mesh)
-    assert not seen.still_holds(other)
+# --- healing
 
 
 def test_reading_outdates_nothing(mesh: DeviceMesh, amaxes_computed: list[int]) -> None:
@@ -336,9 +228,6 @@ def test_lazy_initialisation_that_moves_a_shard_outdates_nothing(
     with torch.no_grad():
         layer.weight.mul_(2)
     assert not layer.weight_state.seen.still_holds(layer.weight)
-
-
-# --- healing
 
 
 def test_outdated_scales_are_healed_at_the_gather_with_one_warning(
