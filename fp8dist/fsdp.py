@@ -100,7 +100,7 @@ def precompute_float8_dynamic_scale_for_fsdp(
         cached = [
             (state, state.shard_now(param))
             for state, param in weights
-            if state.config.cache_payload
+            if state.config.cache_payload and not state.payload_is_current
         ]
         cast_payloads([state for state, _ in cached], [shard for _, shard in cached])
 

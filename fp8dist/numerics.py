@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 
-from fp8dist.config import WHOLE, Block, ScaleFormat
+from fp8dist.config import ROW, WHOLE, Block, ScaleFormat
 
 # A block of zeros has no scale of its own: its amax is taken as this, which keeps the scale finite
 # (torchao's `torchao.float8.float8_utils.EPS`, so that both give the same scales).
@@ -42,22 +42,28 @@ class AmaxPart(NamedTuple):
         start: the row and the column of the matrix at which x begins.
         blocks: for which blocks amaxes are wanted.
         amaxes: for each of blocks, float32, one element per block of the whole matrix.
+        out: (m, n), float8, rows contiguous, or None: where x goes, cast by the scales of its
+            rows. Rows are then among blocks, and x has all columns.
+        scale_format: of those scales.
     """
 
     x: torch.Tensor
     start: tuple[int, int]
     blocks: Sequence[Block]
     amaxes: Sequence[torch.Tensor]
+    out: torch.Tensor | None = None
+    scale_format: ScaleFormat = "power_of_2"
 
 
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
-    """Write the amaxes of the blocks that parts of matrices touch.
+    """Write the amaxes of the blocks that parts of matrices touch, and cast those that have `out`.
 
     Blocks that a part does not touch are left as they are; one that it holds in part gets the
     amax of that part.
     """
-    for x, start, blocks, amaxes in parts:
-        for out, block in zip(amaxes, blocks, strict=True):
+    for part in parts:
+        x, start = part.x, part.start
+        for out, block in zip(part.amaxes, part.blocks, strict=True):
             before = [0 if block[dim] == WHOLE else start[dim] % block[dim] for dim in (0, 1)]
             after = [
                 0 if block[dim] == WHOLE else -(before[dim] + x.size(dim)) % block[dim]
@@ -69,6 +75,16 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             local = amax(padded, block)
             row, column = (0 if block[dim] == WHOLE else start[dim] // block[dim] for dim in (0, 1))
             out[row : row + local.size(0), column : column + local.size(1)].copy_(local)
+    cast_into([by_rows(part) for part in parts if part.out is not None])
+
+
+def by_rows(part: AmaxPart) -> "CastPart":
+    """The cast of a part that has `out`, by amaxes that are there."""
+    if part.out is None:
+        raise AssertionError("a part that is not to be cast")
+    amaxes = part.amaxes[part.blocks.index(ROW)].narrow(0, part.start[0], part.x.size(0))
+    scale = amax_to_scale(amaxes, part.out.dtype, part.scale_format)
+    return CastPart(part.x, (0, 0), ROW, scale, part.out)
 
 
 def amax_to_scale(

@@ -5,7 +5,7 @@ computed once, and what is the same for all weights in one go.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fp8dist import kernels, numerics
-from fp8dist.config import WHOLE, Block, Recipe
+from fp8dist.config import ROW, WHOLE, Block, Recipe
 from fp8dist.numerics import AmaxPart, CastPart
 
 Size = tuple[int, int]
@@ -76,6 +76,13 @@ class Shard:
         even_rows = self.size == (self.largest[0] * self.world, self.largest[1])
         even_rows = even_rows and (self.experts is None or self.experts[0] == self.experts[1])
         return self.recipe.scale_format == "e8m0" and even_rows
+
+    @cached_property
+    def cast_by_rows(self) -> bool:
+        """Whether all of what its own payload is scaled by is in the shard."""
+        return (
+            self.recipe.weight == ROW and 0 < self.data.numel() == self.data.size(0) * self.whole[1]
+        )
 
     @cached_property
     def reduced_blocks(self) -> list[Block]:
@@ -149,7 +156,10 @@ def scales_size(size: Size, block: Block) -> Size:
 
 
 def compute_scales(
-    shards: Sequence[Shard], groups: Sequence[dist.ProcessGroup], device: torch.device
+    shards: Sequence[Shard],
+    groups: Sequence[dist.ProcessGroup],
+    device: torch.device,
+    payloads: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.Tensor, list[int]]:
     """The scales of all weights, with one all-reduce.
 
@@ -157,6 +167,8 @@ def compute_scales(
         groups: the ranks that together hold the weights; one group, or where there is none of
             all of them, the groups along each mesh dimension, at an all-reduce each.
         device: where the collective runs.
+        payloads: to cast in the pass that finds amaxes, as `cast_payloads` does: for shards that
+            are `cast_by_rows`, or None.
 
     Returns:
         scales: for each weight, per `reduced_blocks` the reciprocals and the scales, float32,
@@ -177,7 +189,7 @@ def compute_scales(
         for part, size in zip(words.view(torch.int32).split(word_counts), word_sizes, strict=True)
     ]
     parts = [part.view(size) for part, size in zip(_split(amaxes, sizes), sizes, strict=True)]
-    _fill_amaxes(shards, parts)
+    _fill_amaxes(shards, parts, payloads or [None] * len(shards))
     for shard, shard_words in zip(shards, all_words, strict=True):
         if shard_words.numel() > 0:
             _fill_exponents(shard, shard_words)
@@ -199,9 +211,14 @@ def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
     return list(flat.split([rows * columns for rows, columns in sizes]))
 
 
-def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
-    parts, copies, i = [], [], 0
-    for shard in shards:
+def _fill_amaxes(
+    shards: Sequence[Shard],
+    amaxes: list[torch.Tensor],
+    payloads: Sequence[torch.Tensor | None],
+) -> None:
+    parts: list[AmaxPart] = []
+    copies, i = [], 0
+    for shard, payload in zip(shards, payloads, strict=True):
         blocks = shard.reduced_blocks
         of_weight, i = amaxes[i : i + len(blocks)], i + len(blocks)
         if shard.data.numel() == 0 or not blocks:
@@ -214,9 +231,10 @@ def _fill_amaxes(shards: Sequence[Shard], amaxes: list[torch.Tensor]) -> None:
             targets = [amax.to(shard.data.device).contiguous() for amax in mine]
             copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
         if shard.experts is None:
-            parts.append(AmaxPart(shard.data, shard.start, blocks, targets))
+            own = [AmaxPart(shard.data, shard.start, blocks, targets)]
         else:
-            parts += _parts_of_experts(shard, shard.experts[0], blocks, targets)
+            own = _parts_of_experts(shard, shard.experts[0], blocks, targets)
+        parts += own if payload is None else _to_be_cast(own, shard, payload)
     kernels.fill_amaxes(parts)
     for amax, filled in copies:
         amax.copy_(filled)
@@ -237,6 +255,17 @@ def _parts_of_experts(
         data = shard.data[first : first + count]
         parts.append(AmaxPart(data, (start, shard.start[1]), own_blocks, own_amaxes))
     return parts
+
+
+def _to_be_cast(parts: list[AmaxPart], shard: Shard, payload: torch.Tensor) -> Iterator[AmaxPart]:
+    """The parts of a shard, which lie in it one after the other, with where they go."""
+    if not shard.cast_by_rows:
+        raise AssertionError(f"rows of a shard of {shard.whole} are cut: {shard.data.shape}")
+    rows = payload.view(shard.recipe.weight_dtype).split(
+        [part.x.size(0) for part in parts] + [payload.size(0) - shard.data.size(0)]
+    )
+    for part, out in zip(parts, rows, strict=False):
+        yield part._replace(out=out, scale_format=shard.recipe.scale_format)
 
 
 # The order of exponent words as unsigned numbers is kept when they are compared as int32 with

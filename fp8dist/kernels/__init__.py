@@ -126,7 +126,14 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
 
     for_kernel, others = _divided(parts, in_kernel)
     if for_kernel:
-        ops.launch.fill_amaxes(for_kernel)
+        to_cast = [(part, part.out) for part in for_kernel if part.out is not None]
+        in_one_pass, too_wide = _divided(
+            to_cast, lambda pair: pair[0].x.size(1) <= ops.launch.WIDEST_ROWS
+        )
+        ops.launch.fill_amaxes([part for part in for_kernel if part.out is None])
+        ops.launch.cast_rows(in_one_pass)
+        ops.launch.fill_amaxes([part for part, _ in too_wide])
+        cast_into([numerics.by_rows(part) for part, _ in too_wide])
     numerics.fill_amaxes(others)
 
 

@@ -11,7 +11,7 @@ from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
 
-from fp8dist.config import COLUMN, ROW, TENSOR
+from fp8dist.config import COLUMN, ROW, TENSOR, Block
 from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.kernels.layout import Cast, Sizes, contiguous_strides, kind_of, sizes_of
 from fp8dist.numerics import AmaxPart, CastPart
@@ -23,6 +23,9 @@ FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (64, 128, 4, 4)
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
+# Of whole rows, a warp takes this many elements at a time: 128 a thread, which stay in registers
+# with the amaxes of columns, up to WIDEST_ROWS.
+_ROWS_PER_WARP, WIDEST_ROWS = 4096, 16384
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -247,18 +250,24 @@ def transpose(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int, ...]:
+    """What a table of [Note: many matrices in one launch] has of a part and its amaxes of blocks,
+    places from where those of `base` begin.
+    """
+    x, (row_start, _), own, amaxes, *_ = part
+    places = dict.fromkeys(blocks, 0)
+    for block, amax in zip(own, amaxes, strict=True):
+        places[block] = _place(amax, base.amaxes[0])
+    return *x.shape, x.stride(0), row_start, _place(x, base.x), *places.values()
+
+
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
-    """Twin of `numerics.fill_amaxes`: one launch for all parts alike in dtype and blocks."""
+    """Twin of `numerics.fill_amaxes` for parts that are not to be cast: one launch for all that are
+    alike in dtype and blocks.
+    """
     for alike in _alike(parts, lambda part: (part.x.device, part.x.dtype, tuple(part.blocks))):
         x_base, out_base = alike[0].x, alike[0].amaxes[0]
-        entries = []
-        for x, (row_start, _), blocks, amaxes in alike:
-            places = {
-                block: _place(amax, out_base) for block, amax in zip(blocks, amaxes, strict=True)
-            }
-            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base))
-            places_of = (places.get(block, 0) for block in (ROW, COLUMN, (128, 128), TENSOR))
-            entries.append((*entry, *places_of))
+        entries = [_entry(part, alike[0], (ROW, COLUMN, (128, 128), TENSOR)) for part in alike]
         bm, bn, warps = _WEIGHT_AMAX_TILE
         blocks = alike[0].blocks
         if COLUMN in blocks:
@@ -275,6 +284,45 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             (
                 all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
                 *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
+                bm,
+                bn,
+                height // bm,
+            ),
+            num_warps=warps,
+        )
+
+
+def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
+    """Twin of `numerics.fill_amaxes` for parts, beside them their `out`, of at most `WIDEST_ROWS`
+    columns: one launch for all that are alike in dtype and blocks, and as wide up to a factor of 2.
+    """
+
+    def key(pair: tuple[AmaxPart, torch.Tensor]) -> Hashable:
+        part, out = pair
+        alike = (part.x.device, part.x.dtype, tuple(part.blocks), out.dtype, part.scale_format)
+        return *alike, (part.x.size(1) - 1).bit_length()
+
+    for alike in _alike(parts, key):
+        base, out_base = alike[0]
+        entries = tuple(
+            (*_entry(part, base, (ROW, COLUMN, TENSOR)), _place(out, out_base), out.stride(0))
+            for part, out in alike
+        )
+        bn = 1 << (base.x.size(1) - 1).bit_length()
+        warps = 4 if bn <= _ROWS_PER_WARP else 8
+        bm = warps * _ROWS_PER_WARP // bn
+        heights = tuple(max(bm, rows) for rows in (64, 32, 16))
+        table, matrices, height = _table(entries, heights, bn, _stream(base.x))
+        launch_kernel(
+            kernels.cast_rows_kernel,
+            (matrices.size(0), 1, 1),
+            (base.x, base.amaxes[0].view(torch.int32), out_base, table, matrices),
+            (),
+            (
+                all(e[i] % 16 == 0 for e in entries for i in (1, 2, 4, 8, 9)),
+                *(block in base.blocks for block in (COLUMN, TENSOR)),
+                FLOAT8_EXPONENT[out_base.dtype],
+                base.scale_format,
                 bm,
                 bn,
                 height // bm,

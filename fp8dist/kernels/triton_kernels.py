@@ -407,6 +407,70 @@ def fill_amaxes_kernel(
 
 
 @triton.jit
+def cast_rows_kernel(
+    x_ptr,
+    amax_ptr,
+    out_ptr,
+    table_ptr,
+    matrix_ptr,
+    ALIGNED: tl.constexpr,
+    WANT_COLUMN: tl.constexpr,
+    WANT_TENSOR: tl.constexpr,
+    FLOAT8_EXPONENT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Write the amaxes of rows of matrices and cast them by those, raise the amaxes of columns or
+    of the tensor: x is read once; see [Note: many matrices in one launch].
+
+    A program takes whole rows, STEPS times BM of them. Row amaxes are as in `fill_amaxes_kernel`.
+    """
+    pid = tl.program_id(0)
+    entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 11
+    M, N, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row_start, first, x_at = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    row_ptr = amax_ptr + tl.load(entry + 6) + row_start
+    out_at, out_stride = tl.load(entry + 9), tl.load(entry + 10)
+    if ALIGNED:
+        N, stride, x_at = (
+            tl.multiple_of(N, 16),
+            tl.multiple_of(stride, 16),
+            tl.multiple_of(x_at, 16),
+        )
+        out_at, out_stride = tl.multiple_of(out_at, 16), tl.multiple_of(out_stride, 16)
+    columns = tl.arange(0, BN)
+    column_mask = columns < N
+    most = tl.zeros((BN,), dtype=tl.int32)
+    most_of_rows = tl.zeros((BM,), dtype=tl.int32)
+    for step in range(STEPS):
+        rows = (pid - first) * (BM * STEPS) + step * BM + tl.arange(0, BM)
+        row_mask = rows < M
+        mask = row_mask[:, None] & column_mask[None, :]
+        x = tl.load(x_ptr + x_at + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        bits = _abs_bits(x)
+        of_rows = tl.max(bits, 1)
+        tl.store(row_ptr + rows, of_rows, mask=row_mask)
+        scale = amax_to_scale(of_rows, FLOAT8_EXPONENT, FORMAT)
+        scaled = (x * scale[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(
+            out_ptr + out_at + rows[:, None] * out_stride + columns[None, :], scaled, mask=mask
+        )
+        if WANT_COLUMN:
+            most = tl.maximum(most, tl.max(bits, 0))
+        if WANT_TENSOR:
+            most_of_rows = tl.maximum(most_of_rows, of_rows)
+    if WANT_COLUMN:
+        column_ptr = amax_ptr + tl.load(entry + 7)
+        tl.atomic_max(column_ptr + columns, most, mask=column_mask, sem="relaxed")
+    if WANT_TENSOR:
+        tensor_ptr = amax_ptr + tl.load(entry + 8)
+        tl.atomic_max(tensor_ptr, tl.max(most_of_rows, 0), sem="relaxed")
+
+
+@triton.jit
 def cast_kernel(
     x_ptr,
     scale_ptr,

@@ -243,7 +243,9 @@ def _passes(counters: dict[nn.Module, _Counter], dtype: torch.dtype, microbatche
             for param in module.parameters(recurse=False):
                 shard, state = _local(param), float8.get(id(param))
                 if state is not None and state.payload is not None:
-                    reads = 2 if state.scales else 1  # packed: found in the pass that casts
+                    shard_now = state.shard_now(param)  # type: ignore[arg-type]  # sharded by now
+                    found_in_cast = not state.scales or shard_now.cast_by_rows
+                    reads = 1 if found_in_cast else 2
                     casts += reads * shard.nbytes + state.payload.nbytes
                 elif shard.dtype != dtype:
                     size = shard.nbytes + shard.numel() * dtype.itemsize

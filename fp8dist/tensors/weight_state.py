@@ -161,11 +161,17 @@ def update_scales(
     device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
-    scales, amaxes, ends = precompute.compute_scales(shards, groups, device)
-    _take_scales(states, scales)
-    for state, param in zip(states, params, strict=True):
-        state.seen, state.taken = Seen.now(param), False
+    payloads = []
+    for state, shard in zip(states, shards, strict=True):
         state.payload_is_current = False
+        now = state.config.cache_payload and shard.cast_by_rows
+        payloads.append(_payload_for(state, shard) if now else None)
+    scales, amaxes, ends = precompute.compute_scales(shards, groups, device, payloads)
+    _take_scales(states, scales)
+    for state, param, payload in zip(states, params, payloads, strict=True):
+        state.seen, state.taken = Seen.now(param), False
+        if payload is not None:
+            state.payload, state.payload_is_current = payload, True
     _report_non_finite(states, amaxes, ends)
 
 
@@ -219,6 +225,18 @@ def make_current(state: WeightState, param: DTensor) -> None:
         state.seen = Seen.now(param)
 
 
+def _payload_for(state: WeightState, shard: precompute.Shard) -> torch.Tensor:
+    """The payload that a state keeps, to be written to, or another where that does not fit."""
+    size, device = (shard.largest[0], precompute.payload_columns(shard)), shard.data.device
+    payload = state.payload
+    if payload is None or payload.shape != size or payload.device != device:
+        pinned = shard.data.is_pinned()
+        return torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
+    if state.moving is not None:
+        state.moving.synchronize()
+    return payload
+
+
 @torch.inference_mode(False)
 def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> list[torch.Tensor]:
     """Cast the payloads of shards, into those that their states keep if they do."""
@@ -226,18 +244,11 @@ def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> 
     for state, shard in zip(states, shards, strict=True):
         if state.scales is None:
             raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
-        size, device = (shard.largest[0], precompute.payload_columns(shard)), shard.data.device
-        payload = state.payload
-        if payload is None or payload.shape != size or payload.device != device:
-            pinned = shard.data.is_pinned()
-            payload = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        elif state.moving is not None:
-            state.moving.synchronize()
-        payloads.append(payload)
+        payloads.append(_payload_for(state, shard))
         scale = state.scales[0][-1] if state.scales else None
         if scale is not None and scale.dtype == torch.uint8:
             scale = numerics.exponent_to_scale(scale)
-        scales.append(None if scale is None else scale.to(device))
+        scales.append(None if scale is None else scale.to(shard.data.device))
     precompute.cast_payloads(shards, scales, payloads)
     exponents = []
     for state, shard, payload in zip(states, shards, payloads, strict=True):

@@ -25,7 +25,9 @@ DTYPE_NAMES = {
 class Work:
     """What a kernel does to a matrix, whichever recipe asks for it."""
 
-    kind: str  # amax, cast, quantize (amax and cast; one orientation or both), rescale
+    # amax, cast, by rows (amaxes, and a cast by those of rows), quantize (amax and cast; one
+    # orientation or both), rescale
+    kind: str
     blocks: tuple[Block | None, ...]
     dtype: torch.dtype  # of the matrix
     float8_dtype: torch.dtype
@@ -38,6 +40,9 @@ class Work:
         )
         if self.kind == "amax":
             return f"amax ({blocks}) of {DTYPE_NAMES[self.dtype]}"
+        if self.kind == "by rows":
+            formats = f"{DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
+            return f"amax ({blocks}) and cast by rows of {formats}"
         if self.kind == "rescale":
             moved = "" if self.is_transpose else " + shift"
             return f"transpose{moved} ({blocks.replace(', ', ' to ')})"
@@ -65,7 +70,11 @@ def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
         if mx:
             works.append((Work("quantize", (recipe.weight, None), *common), "weight"))
         else:
-            works.append((Work("amax", tuple(dict.fromkeys(weight_blocks)), *common), "weight"))
+            blocks = tuple(dict.fromkeys(weight_blocks))
+            if recipe.weight == ROW:
+                works.append((Work("by rows", blocks, *common), "weight"))
+            # Of weights with rows, those where rows are cut, or whose payloads are not kept.
+            works.append((Work("amax", blocks, *common), "weight"))
             works.append((Work("cast", (recipe.weight,), *common), "weight"))
     for operand, blocks, float8_dtype in (
         ("input", (recipe.input, recipe.input_for_grad_weight), recipe.input_dtype),
@@ -118,12 +127,16 @@ def amax_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     blocks = [block for block in work.blocks if block is not None]
     m, n = matrices[0].shape
 
-    def parts() -> list[AmaxPart]:
+    def part_of(x: torch.Tensor) -> AmaxPart:
         sizes = [scales_size((m, n), block) for block in blocks]
-        return [
-            AmaxPart(x, (0, 0), blocks, [torch.zeros(size, device=DEVICE) for size in sizes])
-            for x in matrices
-        ]
+        part = AmaxPart(x, (0, 0), blocks, [torch.zeros(size, device=DEVICE) for size in sizes])
+        if work.kind == "amax":
+            return part
+        out = torch.empty(x.shape, dtype=work.float8_dtype, device=DEVICE)
+        return part._replace(out=out, scale_format=work.scale_format)
+
+    def parts() -> list[AmaxPart]:
+        return [part_of(x) for x in matrices]
 
     found = parts()
 
@@ -133,8 +146,12 @@ def amax_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
         numerics.fill_amaxes(expected)
         for a, b in zip(found, expected, strict=True):
             check_all_bytes(a.amaxes, b.amaxes, "amaxes")
+            if a.out is not None and b.out is not None:
+                check_same_bytes(a.out, b.out, "float8 data")
 
-    writes = sum(amaxes.nbytes for part in found for amaxes in part.amaxes)
+    written = [amaxes for part in found for amaxes in part.amaxes]
+    written += [part.out for part in found if part.out is not None]
+    writes = sum(tensor.nbytes for tensor in written)
     reads = sum(x.nbytes for x in matrices)
     return Case(lambda: kernels.fill_amaxes(found), check, reads, writes)
 
@@ -229,6 +246,7 @@ def check_all_bytes(
 
 _CASES = {
     "amax": amax_case,
+    "by rows": amax_case,
     "cast": cast_case,
     "quantize": quantize_case,
     "rescale": rescale_case,
@@ -236,6 +254,6 @@ _CASES = {
 
 
 def case_of(work: Work, shape: tuple[int, int], count: int) -> Case:
-    """Work on `count` matrices of a shape; more than one for "amax" and "cast" only."""
+    """Work on `count` matrices of a shape; more than one for "amax", "by rows" and "cast" only."""
     dtype = torch.float32 if work.kind == "rescale" else work.dtype
     return _CASES[work.kind](work, [matrix(*shape, dtype) for _ in range(count)])

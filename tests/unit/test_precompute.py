@@ -209,6 +209,12 @@ def test_cast_payloads_fills_the_rows_of_the_shard_and_no_others(
     assert payload[count:].eq(77).all()
 
 
+def test_rows_that_are_cut_are_not_cast_by_their_own_scales() -> None:
+    shard = Shard(hp_weight()[:, :16], (N, K), (0, 0), (N, 16), RECIPES["rowwise"], world=4)
+    with pytest.raises(AssertionError, match=r"rows of a shard of \(48, 64\) are cut"):
+        precompute.compute_scales([shard], [], CPU, [torch.zeros(N, 16, dtype=torch.uint8)])
+
+
 @pytest.mark.parametrize(
     "rows, largest, world, packed",
     [(32, 16, 2, True), (32, 32, 1, True), (32, 11, 3, False), (32, 4, 9, False), (32, 4, 8, True)],
@@ -307,3 +313,9 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
         expected = numerics.cast(shard.data, of_part[recipe.weight][mine], recipe.weight_dtype)
         found_bytes = payload[: shard.data.size(0), : shard.data.size(1)]
         assert torch.equal(found_bytes, expected.view(torch.uint8))
+        has_rows = shard.data.numel() > 0 and shard.data.size(1) == weight.size(1)
+        assert shard.cast_by_rows == (has_rows and recipe.weight == (1, -1))
+        if shard.cast_by_rows:
+            again = torch.zeros_like(payload)
+            precompute.compute_scales(shards, [Group(2)], CPU, [again, None])
+            assert torch.equal(again, payload)

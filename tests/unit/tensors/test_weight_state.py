@@ -113,6 +113,28 @@ def test_a_payload_is_cast_once_and_reused(
     assert amaxes_computed == [1]
 
 
+def test_rows_are_cast_where_their_amaxes_are_found(
+    mesh: DeviceMesh, casts: list[tuple[int, ...]]
+) -> None:
+    layer = sharded(mesh, Float8Config("rowwise"))
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    for factor in (1, 3):
+        if factor > 1:  # the next gather notices it
+            with torch.no_grad():
+                layer.weight.mul_(factor)
+        layer.unshard()
+        layer.reshard()
+        weight = hp_weight() * factor
+        scale = 2 ** torch.floor(torch.log2(448 / weight.abs().amax(1, keepdim=True)))
+        expected = (weight * scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        assert torch.equal(layer.weight_state.payload, expected)
+    assert casts == []
+    layer.weight_state.payload = None  # lost: cast from known scales
+    layer.unshard()
+    assert torch.equal(layer.weight_state.payload, expected)
+    assert casts == [(N, K)]
+
+
 def test_without_a_cached_payload_every_gather_casts(
     mesh: DeviceMesh, casts: list[Any], amaxes_computed: list[int]
 ) -> None:
