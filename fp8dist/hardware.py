@@ -51,6 +51,11 @@ def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
     return _capability(_index(device)) in ((9, 0), (10, 0))
 
 
+def has_hopper_units(device: torch.device) -> bool:
+    """Whether the device has the tensor cores that `kernels.grouped_launch` is written for."""
+    return device.type == "cuda" and _capability(_index(device)) == (9, 0)
+
+
 @functools.cache
 def _log_emulation(device_type: str, recipe_name: str) -> None:
     name = torch.cuda.get_device_name() if device_type == "cuda" else device_type

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.library import Library, register_fake
 
-from fp8dist import grouped_numerics, kernels
+from fp8dist import grouped_numerics, hardware, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_rows
 from fp8dist.kernels.ops import has_kernels, in_kernels, launch
@@ -29,6 +29,11 @@ _library.define(
 _library.define(
     "transpose_each(Tensor data, Tensor scale, Tensor? inverse, int[2] own_block, int rows, "
     "int[2] block, Tensor? new_scale, str scale_format, Tensor? after) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "scaled_grouped_mm(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -95,6 +100,28 @@ def _transpose_each(
     return contiguous, scale.new_empty(0, 0) if new_scale is not None else found.scale.clone()
 
 
+def _scaled_grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """`torch._scaled_grouped_mm` of tokens and weights, with fast accumulation: the same bits, in
+    less time where groups differ in size.
+
+    Args:
+        a: (M, K), float8, the tokens. b: (E * N, K), float8, the weights, one below the other.
+        a_inverse: float32, 1 / the scales of a's rows. b_inverse: of b's.
+        ends: (E,), int32.
+
+    Returns:
+        (M, N), bfloat16; what is in rows of no group is undefined.
+    """
+    return grouped_launch.multiply_groups(a, b, a_inverse, b_inverse, ends)
+
+
+_library.impl("scaled_grouped_mm", _scaled_grouped_mm, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
@@ -131,6 +158,22 @@ def _(
     stacked = data.size(0) // rows * data.size(1)
     scales = (0, 0) if new_scale is not None else (stacked, rows // block[0])
     return data.new_empty(stacked, rows), scale.new_empty(scales)
+
+
+@register_fake("fp8dist::scaled_grouped_mm", lib=_library)
+def _(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    return a.new_empty((a.size(0), b.size(0) // ends.size(0)), dtype=torch.bfloat16)
+
+
+def multiplies_groups(a: torch.Tensor) -> bool:
+    """Whether `fp8dist::scaled_grouped_mm` is there for tokens where these are."""
+    return has_kernels(a) and hardware.has_hopper_units(a.device)
 
 
 def quantize_tokens(

@@ -177,3 +177,70 @@ def transpose_each_kernel(
         tl.trans(scaled.to(out_ptr.dtype.element_ty)),
         mask=column_mask[:, None] & row_mask[None, :],
     )
+
+
+# [Note: tiles of groups]
+# A tile of a product is of one group, and its first row is the group's or whole tiles below that.
+# How many tiles there are follows from where groups end, which only the device knows: there are as
+# many programs as run at once, and each takes every so manieth tile. Tiles of an expert follow each
+# other, those of the same columns first, so that programs share its weight in the cache. What a
+# tile reads below its group are rows of the next, of which nothing is stored.
+
+
+# GROUPS as it is: of a constant 1 Triton 3.6 compiles masks wrongly, see `ops.in_kernels`.
+@triton.jit(do_not_specialize=["GROUPS"])
+def multiply_groups_kernel(
+    a_desc,
+    b_desc,
+    a_inverse_ptr,
+    b_inverse_ptr,
+    ends_ptr,
+    out_ptr,
+    N,
+    K,
+    GROUPS,
+    PROGRAMS: tl.constexpr,
+    BG: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out (M, N), bfloat16 = the rows of each group of a (M, K), times b^T of the group, of b
+    (GROUPS * N, K), and the inverse scales of rows of both. See [Note: tiles of groups].
+
+    Sums are accumulated as the tensor cores do it ("fast"). PROGRAMS are launched. a and b are
+    descriptors of blocks BM x BK and BN x BK, which are 0 where they go over the edge.
+    """
+    groups = tl.arange(0, BG)
+    known = groups < GROUPS
+    ends = tl.load(ends_ptr + groups, mask=known, other=0)
+    starts = tl.load(ends_ptr + groups - 1, mask=known & (groups > 0), other=0)
+    tiles_n = tl.cdiv(N, BN)
+    tiles = tl.where(known, (ends - starts + BM - 1) // BM * tiles_n, 0)
+    after = tl.cumsum(tiles, 0)
+    # Flattened: what the next tile needs first is loaded while this one is stored.
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), PROGRAMS, flatten=True):
+        group = tl.sum((after <= tile).to(tl.int32), 0)
+        here = groups == group
+        own_tiles = tl.sum(tl.where(here, tiles, 0), 0)
+        tile_in_group = tile - tl.sum(tl.where(here, after, 0), 0) + own_tiles
+        tiles_m = own_tiles // tiles_n
+        end = tl.sum(tl.where(here, ends, 0), 0)
+        row = tl.sum(tl.where(here, starts, 0), 0) + tile_in_group % tiles_m * BM
+        column = tile_in_group // tiles_m * BN
+        sums = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            a = a_desc.load([row, k])
+            b = b_desc.load([group * N + column, k])
+            sums = tl.dot(a, b.T, sums)
+        rows = row + tl.arange(0, BM)
+        columns = column + tl.arange(0, BN)
+        row_mask, column_mask = rows < end, columns < N
+        a_inverse = tl.load(a_inverse_ptr + rows, mask=row_mask, other=0.0)
+        b_inverse = tl.load(b_inverse_ptr + group * N + columns, mask=column_mask, other=0.0)
+        product = sums * a_inverse[:, None] * b_inverse[None, :]
+        tl.store(
+            out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :],
+            product.to(tl.bfloat16),
+            mask=row_mask[:, None] & column_mask[None, :],
+        )

@@ -2,11 +2,14 @@
 `fp8dist.grouped_numerics` and gives the same bytes.
 """
 
+import functools
+
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
 from fp8dist.kernels import grouped_kernels as kernels
-from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel
+from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel, where_x_is
 
 CHUNK = GROUP_MULTIPLE
 # What was fastest on an H200: rows and columns that are taken at once.
@@ -85,3 +88,52 @@ def transpose_each(
         num_warps=4,
     )
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@where_x_is
+def multiply_groups(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """The op `fp8dist::scaled_grouped_mm`, see `grouped`; a has rows and columns."""
+    (m, k), groups = a.shape, ends.numel()
+    n = b.size(0) // groups
+    out = torch.empty((m, n), dtype=torch.bfloat16, device=a.device)
+    # Of small groups a tile of 256 leaves too few tiles for all multiprocessors, which run two
+    # programs of 128.
+    bn, warps, programs = (128, 4, 2) if m <= 256 * groups else (256, 8, 1)
+    programs *= _multiprocessors(a.device)
+    # Not `launch_kernel`, which knows of tensors only.
+    kernels.multiply_groups_kernel[(programs,)](
+        TensorDescriptor.from_tensor(_at_16_bytes(a), [128, 128]),
+        TensorDescriptor.from_tensor(_at_16_bytes(b), [bn, 128]),
+        a_inverse.contiguous(),
+        b_inverse.contiguous(),
+        ends.contiguous(),
+        out,
+        n,
+        k,
+        groups,
+        programs,
+        max(16, 1 << (groups - 1).bit_length()),
+        128,
+        bn,
+        128,
+        num_warps=warps,
+        num_stages=3,
+    )
+    return out
+
+
+def _at_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Rows of x contiguous, at an address that a descriptor may have."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

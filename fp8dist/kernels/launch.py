@@ -23,9 +23,8 @@ FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (64, 128, 4, 4)
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
-# Of whole rows, a warp takes this many elements at a time: 128 a thread, which stay in registers
-# with the amaxes of columns, up to WIDEST_ROWS.
-_ROWS_PER_WARP, WIDEST_ROWS = 4096, 16384
+# Whole rows stay in registers with the amaxes of columns: so many elements at a time, or one row.
+_ROWS_TILE, WIDEST_ROWS = 4096, 16384
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -85,7 +84,7 @@ def _is_set(hook: Any) -> bool:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _where_x_is(function: _Function) -> _Function:
+def where_x_is(function: _Function) -> _Function:
     """The device of the first argument is the current one within, where memory is taken."""
 
     @functools.wraps(function)
@@ -193,7 +192,7 @@ def _plan(
     return _Plan(sizes, amaxes, find, False, by_tiles)
 
 
-@_where_x_is
+@where_x_is
 def quantize(
     x: torch.Tensor,
     cast: Cast,
@@ -234,7 +233,7 @@ def quantize(
     return data, scale, t_data, t_scale
 
 
-@_where_x_is
+@where_x_is
 def transpose(x: torch.Tensor) -> torch.Tensor:
     """(M, N), float8, copied as (N, M)."""
     m, n = x.shape
@@ -309,8 +308,7 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
             for part, out in alike
         )
         bn = 1 << (base.x.size(1) - 1).bit_length()
-        warps = 4 if bn <= _ROWS_PER_WARP else 8
-        bm = warps * _ROWS_PER_WARP // bn
+        bm, warps = max(1, _ROWS_TILE // bn), 4 if bn <= _ROWS_TILE else 8
         heights = tuple(max(bm, rows) for rows in (64, 32, 16))
         table, matrices, height = _table(entries, heights, bn, _stream(base.x))
         launch_kernel(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fp8dist import grouped_numerics, numerics
+from fp8dist import grouped_numerics, hardware, numerics
 from fp8dist.config import COLUMN, ROW
+from fp8dist.numerics import Scaled
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
@@ -47,3 +48,60 @@ def test_transpose_each() -> None:
     found = grouped_launch.transpose_each(of_rows.data, inverse, rows, new_scale)
     of = grouped_numerics.transpose_each(of_rows, rows, COLUMN, new_scale, "power_of_2")
     assert bytes_of(found).equal(bytes_of(of.data))
+
+
+@pytest.fixture
+def hopper() -> None:
+    if not hardware.has_hopper_units(torch.device("cuda")):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def multiplied(a: Scaled, b: Scaled, ends: torch.Tensor) -> torch.Tensor:
+    inverses = a.scale.reciprocal().flatten(), b.scale.reciprocal().flatten()
+    return torch.ops.fp8dist.scaled_grouped_mm(a.data, b.data, *inverses, ends)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("n, k", [(48, 32), (272, 144), (768, 2048), (2064, 1040)])
+@pytest.mark.parametrize(
+    "counts",
+    [[5], [129], [5, 0, 12], [0, 0, 300], [700, 0, 0], [1000, 0, 3, 2045], [17] * 130, [256] * 8],
+    ids=lambda counts: f"{len(counts)} of {counts[0]}",
+)
+def test_multiply_groups(counts: list[int], n: int, k: int) -> None:
+    """The bits of torch's own kernel; small groups and large ones have other tiles."""
+    ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
+    a = numerics.quantize(torch.randn(sum(counts), k, device="cuda"), ROW, E4M3, "power_of_2")
+    b = numerics.quantize(torch.randn(len(counts) * n, k, device="cuda"), ROW, E4M3, "power_of_2")
+    expected = torch._scaled_grouped_mm(
+        a.data,
+        b.data.unflatten(0, (len(counts), n)).transpose(1, 2),
+        a.scale.reciprocal().flatten(),
+        b.scale.reciprocal().view(len(counts), n),
+        offs=ends,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    assert multiplied(a, b, ends).equal(expected)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_multiply_groups_that_lie_anywhere() -> None:
+    """Rows with others between them, and at an address that is no multiple of 16."""
+    (m, n, k), ends = (64, 32, 48), torch.tensor([10, 64], device="cuda", dtype=torch.int32)
+    a = numerics.quantize(torch.randn(m, k, device="cuda"), ROW, E4M3, "power_of_2")
+    b = numerics.quantize(torch.randn(2 * n, k, device="cuda"), ROW, E4M3, "power_of_2")
+    wide = torch.zeros(m, k + 16, device="cuda").to(E4M3)
+    wide[:, :k] = a.data
+    flat = torch.zeros(2 * n * k + 1, device="cuda").to(E4M3)
+    flat[1:] = b.data.flatten()
+    other_a, other_b = a._replace(data=wide[:, :k]), b._replace(data=flat[1:].view(2 * n, k))
+    assert multiplied(other_a, other_b, ends).equal(multiplied(a, b, ends))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_op_that_multiplies_keeps_what_it_promises() -> None:
+    a, b = (torch.ones(rows, 64, device="cuda").to(E4M3) for rows in (40, 96))
+    inverses = torch.ones(40, device="cuda"), torch.ones(96, device="cuda")
+    ends = torch.tensor([10, 30, 40], device="cuda", dtype=torch.int32)
+    torch.library.opcheck(torch.ops.fp8dist.scaled_grouped_mm.default, (a, b, *inverses, ends))

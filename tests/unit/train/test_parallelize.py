@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import fp8dist
 from fp8dist import hardware
+from fp8dist.kernels import grouped
 from fp8dist.train import parallelize
 from tests.unit.moe import DIM, EXPERTS, StackedExperts
 
@@ -45,6 +46,16 @@ def zeros_of_groups(
 ) -> torch.Tensor:
     size = (a.size(0), b.size(2)) if b.dim() == 3 else (offs.numel(), a.size(0), b.size(1))
     return torch.zeros(size, dtype=torch.bfloat16)
+
+
+def zeros_of_tokens(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    return torch.zeros(a.size(0), b.size(0) // ends.numel(), dtype=torch.bfloat16)
 
 
 def matmuls_of(module: nn.Module, *args: torch.Tensor) -> Counter[str]:
@@ -87,23 +98,30 @@ def test_no_matmul_is_done_twice(
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize(
-    ("recipe", "native", "expected"),
+    ("recipe", "gpu", "expected"),
     [
-        ("rowwise", True, "aten::_scaled_grouped_mm"),
-        ("mxfp8_rceil", False, "fp8dist::grouped_mm"),
-        (None, False, "aten::_grouped_mm"),
+        ("rowwise", "H200", {"fp8dist::scaled_grouped_mm": 6, "aten::_scaled_grouped_mm": 3}),
+        ("rowwise", "B200", {"aten::_scaled_grouped_mm": 9}),
+        ("mxfp8_rceil", "", {"fp8dist::grouped_mm": 9}),
+        (None, "", {"aten::_grouped_mm": 9}),
     ],
 )
 def test_no_matmul_of_experts_is_done_twice(
-    recipe: str | None, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    recipe: str | None, gpu: str, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three grouped matmuls, each with two of its backward."""
-    monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: native)
+    monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: bool(gpu))
+    monkeypatch.setattr(grouped, "multiplies_groups", lambda a: gpu == "H200")
     model = nn.Module()
     model.experts = StackedExperts()
     if recipe is not None:
         fp8dist.convert_moe_to_float8_training(model, config=recipe)
     x, tokens = torch.randn(EXPERTS * 32, DIM, requires_grad=True), torch.full((EXPERTS,), 32)
-    with torch.library._scoped_library("aten", "IMPL") as kernels:
-        kernels.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
-        assert matmuls_of(model.experts, x, tokens)[expected] == 9
+    with (
+        torch.library._scoped_library("aten", "IMPL") as torchs,
+        torch.library._scoped_library("fp8dist", "IMPL") as ours,
+    ):
+        torchs.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
+        ours.impl("scaled_grouped_mm", zeros_of_tokens, "CPU")
+        found = matmuls_of(model.experts, x, tokens)
+    assert {op: found[op] for op in expected} == expected
