@@ -244,3 +244,73 @@ def multiply_groups_kernel(
             product.to(tl.bfloat16),
             mask=row_mask[:, None] & column_mask[None, :],
         )
+
+
+# [Note: one loop]
+# Where few tokens are contracted, a program waits as long for the first of a tile as it multiplies.
+# So all steps of all its tiles are one loop, in which Triton loads some steps ahead, also of the
+# next tile, and stores a tile while the next is multiplied. What a tile is, is worked out at its
+# first step. Triton 3.6 does so for conditions of this form only: where `step` went down to 0, each
+# step waited for what it loads, at no word (`async_tma_copy` is not before the loop in the TTGIR).
+
+
+@triton.jit(do_not_specialize=["GROUPS"])
+def outer_groups_kernel(
+    a_desc,
+    b_desc,
+    a_inverse_ptr,
+    b_inverse_ptr,
+    ends_ptr,
+    out_desc,
+    N,
+    K,
+    GROUPS,
+    PROGRAMS: tl.constexpr,
+    BG: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out (GROUPS, N, K), bfloat16 = the columns of each group of a (N, padded rows) times those of
+    b (K, padded rows), transposed, and the inverse scales of rows of both, by group. See [Note: one
+    loop].
+
+    Groups have multiples of BK columns, and at least that. Sums are accumulated as the tensor cores
+    do it ("fast"). PROGRAMS are launched. The descriptors are of blocks BM x BK, BN x BK and
+    1 x BM x BN; what goes over the edge is read as 0 and not written.
+    """
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BM)
+    tiles = tiles_n * tl.cdiv(K, BN)
+    groups = tl.arange(0, BG)
+    known = groups < GROUPS
+    ends = tl.load(ends_ptr + groups, mask=known, other=0)
+    starts = tl.load(ends_ptr + groups - 1, mask=known & (groups > 0), other=0)
+    steps = tl.where(known, (ends - starts) // BK, 0)
+    # The program's tiles up to a group: as many as there are numbers program + i * PROGRAMS below.
+    before = (groups * tiles - program + PROGRAMS - 1) // PROGRAMS
+    after = ((groups + 1) * tiles - program + PROGRAMS - 1) // PROGRAMS
+    tile = program - PROGRAMS
+    step, last, group, start, row, column = -1, -1, 0, 0, 0, 0
+    sums = tl.zeros((BM, BN), dtype=tl.float32)
+    for _ in range(tl.sum(steps * (after - before), 0)):
+        step = tl.where(step == last, 0, step + 1)
+        if step == 0:
+            tile += PROGRAMS
+            group = tile // tiles
+            row = tile % tiles % tiles_n * BM
+            column = tile % tiles // tiles_n * BN
+            here = groups == group
+            start = tl.sum(tl.where(here, starts, 0), 0)
+            last = tl.sum(tl.where(here, steps, 0), 0) - 1
+        a = a_desc.load([row, start + step * BK])
+        b = b_desc.load([column, start + step * BK])
+        sums = tl.dot(a, b.T, sums)
+        if step == last:
+            rows = row + tl.arange(0, BM)
+            columns = column + tl.arange(0, BN)
+            a_inverse = tl.load(a_inverse_ptr + group * N + rows, mask=rows < N, other=0.0)
+            b_inverse = tl.load(b_inverse_ptr + group * K + columns, mask=columns < K, other=0.0)
+            product = (sums * a_inverse[:, None] * b_inverse[None, :]).to(tl.bfloat16)
+            out_desc.store([group, row, column], tl.reshape(product, (1, BM, BN)))
+            sums = tl.zeros((BM, BN), dtype=tl.float32)

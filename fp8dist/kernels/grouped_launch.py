@@ -133,6 +133,44 @@ def multiply_groups(
     return out
 
 
+# Rows and columns of a tile, how many columns are contracted at once, warps and stages.
+_OUTER_TILE = 128, 256, CHUNK, 8, 4
+
+
+@where_x_is
+def outer_groups(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """The op `fp8dist::scaled_grouped_outer`, see `grouped`."""
+    n, k, groups = a.size(0), b.size(0), ends.numel()
+    out = torch.empty((groups, n, k), dtype=torch.bfloat16, device=a.device)
+    bm, bn, bk, warps, stages = _OUTER_TILE
+    programs = _multiprocessors(a.device)
+    kernels.outer_groups_kernel[(programs,)](
+        TensorDescriptor.from_tensor(_at_16_bytes(a), [bm, bk]),
+        TensorDescriptor.from_tensor(_at_16_bytes(b), [bn, bk]),
+        a_inverse.contiguous(),
+        b_inverse.contiguous(),
+        ends.contiguous(),
+        TensorDescriptor.from_tensor(out, [1, bm, bn]),
+        n,
+        k,
+        groups,
+        programs,
+        max(16, 1 << (groups - 1).bit_length()),
+        bm,
+        bn,
+        bk,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
 def _at_16_bytes(x: torch.Tensor) -> torch.Tensor:
     """Rows of x contiguous, at an address that a descriptor may have."""
     x = x.contiguous()
