@@ -52,8 +52,10 @@ def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
 
 
 def has_hopper_units(device: torch.device) -> bool:
-    """Whether the device has the tensor cores that `kernels.grouped_launch` is written for."""
-    return device.type == "cuda" and _capability(_index(device)) == (9, 0)
+    """Whether the device has the tensor cores for which experts have matmuls of our own."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return _capability(_index(device)) == (9, 0)
 
 
 @functools.cache

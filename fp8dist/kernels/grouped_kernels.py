@@ -1,7 +1,7 @@
 """Triton kernels for experts: tokens in groups, and weights one below the other.
 
-Groups are padded to CHUNK rows, see [Note: groups] in `grouped_numerics`, so that a chunk of padded
-rows is of one group, and the rows of the tokens that it holds lie one below the other.
+Groups are cast padded to CHUNK rows, see [Note: groups] in `grouped_numerics`, so that a chunk of
+padded rows is of one group, and the rows of the tokens that it holds lie one below the other.
 `chunks_kernel` finds out which.
 """
 
@@ -187,8 +187,8 @@ def transpose_each_kernel(
 # tile reads below its group are rows of the next, of which nothing is stored.
 
 
-# GROUPS as it is: of a constant 1 Triton 3.6 compiles masks wrongly, see `ops.in_kernels`.
-@triton.jit(do_not_specialize=["GROUPS"])
+# M and GROUPS as they are: of a constant 1 Triton 3.6 compiles masks wrongly, see `ops.in_kernels`.
+@triton.jit(do_not_specialize=["M", "GROUPS"], debug=True)
 def multiply_groups_kernel(
     a_desc,
     b_desc,
@@ -196,6 +196,7 @@ def multiply_groups_kernel(
     b_inverse_ptr,
     ends_ptr,
     out_ptr,
+    M,
     N,
     K,
     GROUPS,
@@ -215,6 +216,8 @@ def multiply_groups_kernel(
     known = groups < GROUPS
     ends = tl.load(ends_ptr + groups, mask=known, other=0)
     starts = tl.load(ends_ptr + groups - 1, mask=known & (groups > 0), other=0)
+    in_order = (starts <= ends) & (ends <= M)
+    tl.device_assert(in_order | ~known, "offsets of experts go down, or beyond the tokens")
     tiles_n = tl.cdiv(N, BN)
     tiles = tl.where(known, (ends - starts + BM - 1) // BM * tiles_n, 0)
     after = tl.cumsum(tiles, 0)
@@ -224,7 +227,7 @@ def multiply_groups_kernel(
         here = groups == group
         own_tiles = tl.sum(tl.where(here, tiles, 0), 0)
         tile_in_group = tile - tl.sum(tl.where(here, after, 0), 0) + own_tiles
-        tiles_m = own_tiles // tiles_n
+        tiles_m = tl.maximum(own_tiles // tiles_n, 1)  # 0 after the last tile, looked at ahead
         end = tl.sum(tl.where(here, ends, 0), 0)
         row = tl.sum(tl.where(here, starts, 0), 0) + tile_in_group % tiles_m * BM
         column = tile_in_group // tiles_m * BN

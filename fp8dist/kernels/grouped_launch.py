@@ -1,5 +1,5 @@
-"""The Triton kernels for experts, launched; each function is the twin of one in
-`fp8dist.grouped_numerics` and gives the same bytes.
+"""The Triton kernels for experts, launched. Functions that cast are twins of those in
+`fp8dist.grouped_numerics` and give the same bytes.
 """
 
 import functools
@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
 from fp8dist.kernels import grouped_kernels as kernels
 from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel, where_x_is
+from fp8dist.kernels.layout import contiguous_strides
 
 CHUNK = GROUP_MULTIPLE
 # What was fastest on an H200: rows and columns that are taken at once.
@@ -90,9 +91,29 @@ def transpose_each(
     return out
 
 
+# The two below multiply what the hardware multiplies, and have no twin.
+
+
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def _all_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """But those that torch's matmuls, too, leave to communication."""
+    reserved = torch._C._get_sm_carveout_experimental() or 0
+    return max(1, _all_multiprocessors(device) - reserved)
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Of a matrix, or matrices one below the other, for the kernel to load or store blocks of.
+
+    Strides are not those of x, which has others where a dimension is 1.
+    """
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return TensorDescriptor(x, list(x.shape), list(contiguous_strides(tuple(x.shape))), block)
 
 
 @where_x_is
@@ -103,22 +124,25 @@ def multiply_groups(
     b_inverse: torch.Tensor,
     ends: torch.Tensor,
 ) -> torch.Tensor:
-    """The op `fp8dist::scaled_grouped_mm`, see `grouped`; a has rows and columns."""
+    """The op `fp8dist::scaled_grouped_mm`, see `grouped`."""
     (m, k), groups = a.shape, ends.numel()
     n = b.size(0) // groups
     out = torch.empty((m, n), dtype=torch.bfloat16, device=a.device)
+    if m == 0:
+        return out
     # Of small groups a tile of 256 leaves too few tiles for all multiprocessors, which run two
     # programs of 128.
     bn, warps, programs = (128, 4, 2) if m <= 256 * groups else (256, 8, 1)
     programs *= _multiprocessors(a.device)
     # Not `launch_kernel`, which knows of tensors only.
     kernels.multiply_groups_kernel[(programs,)](
-        TensorDescriptor.from_tensor(_at_16_bytes(a), [128, 128]),
-        TensorDescriptor.from_tensor(_at_16_bytes(b), [bn, 128]),
+        _descriptor(a, [128, 128]),
+        _descriptor(b, [bn, 128]),
         a_inverse.contiguous(),
         b_inverse.contiguous(),
         ends.contiguous(),
         out,
+        m,
         n,
         k,
         groups,
@@ -129,6 +153,7 @@ def multiply_groups(
         128,
         num_warps=warps,
         num_stages=3,
+        sanitize_overflow=False,  # which `debug`, there for the assertion, would check as well
     )
     return out
 
@@ -151,12 +176,12 @@ def outer_groups(
     bm, bn, bk, warps, stages = _OUTER_TILE
     programs = _multiprocessors(a.device)
     kernels.outer_groups_kernel[(programs,)](
-        TensorDescriptor.from_tensor(_at_16_bytes(a), [bm, bk]),
-        TensorDescriptor.from_tensor(_at_16_bytes(b), [bn, bk]),
+        _descriptor(a, [bm, bk]),
+        _descriptor(b, [bn, bk]),
         a_inverse.contiguous(),
         b_inverse.contiguous(),
         ends.contiguous(),
-        TensorDescriptor.from_tensor(out, [1, bm, bn]),
+        _descriptor(out, [1, bm, bn]),
         n,
         k,
         groups,
@@ -169,9 +194,3 @@ def outer_groups(
         num_stages=stages,
     )
     return out
-
-
-def _at_16_bytes(x: torch.Tensor) -> torch.Tensor:
-    """Rows of x contiguous, at an address that a descriptor may have."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -188,7 +188,7 @@ def test_rowwise_against_torchao() -> None:
         (parameter.grad[used], their_weight.grad[used]),
     ]
     for mine, other in pairs:
-        # The same bytes, multiplied by the same kernels: a last bit of bfloat16 (2^-8) at most.
+        # The same bytes, and products rounded once: a last bit of bfloat16 (2^-8) at most.
         bound = 2**-8 * other.abs().max().item()
         torch.testing.assert_close(mine.detach(), other.detach(), rtol=0, atol=bound)
     assert parameter.grad[2].count_nonzero() == 0

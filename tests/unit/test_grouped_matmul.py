@@ -1,9 +1,11 @@
 """The grouped matmuls, against exact arithmetic and, on a GPU, the dequantized one."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from fp8dist import grouped_numerics, numerics
+from fp8dist import grouped_numerics, hardware, kernels, numerics
 from fp8dist.config import COLUMN, RECIPES, ROW
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
 from fp8dist.grouped_numerics import ScaledGroups
@@ -60,21 +62,54 @@ def test_tokens_contracted(counts: list[int]) -> None:
     assert found.equal(expected)
 
 
+@pytest.mark.parametrize("fast_accum", [True, False])
+def test_exact_sums_are_torchs(fast_accum: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Hopper GPU would do it, whose tensor cores sum fast; K and N tell the calls apart."""
+    called: list[str] = []
+
+    def of_torch(a: torch.Tensor, b: torch.Tensor, *_: Any, use_fast_accum: bool, **__: Any) -> Any:
+        called.append(f"torch {use_fast_accum}")
+        return torch.zeros(2, 2)
+
+    monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: True)
+    monkeypatch.setattr(kernels.grouped, "multiplies_groups", lambda a: True)
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", of_torch)
+    ends = torch.tensor([5, 5, 17], dtype=torch.int32)
+    a, b = operand(17, K, 0), operand(EXPERTS * N, K, 1)
+    x, y = (groups(torch.randn(17, n), ends) for n in (N, K))
+    with torch.library._scoped_library("fp8dist", "IMPL") as ours:
+        for name in ("scaled_grouped_mm", "scaled_grouped_outer"):
+
+            def own(*_: Any, name: str = name) -> torch.Tensor:
+                called.append(name)
+                return torch.zeros(2, 2)
+
+            ours.impl(name, own, "CPU")
+        scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
+        scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
+    own_ops = ["scaled_grouped_mm", "scaled_grouped_outer"]
+    assert called == (own_ops if fast_accum else ["torch False", "torch False"])
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("fast_accum", [True, False])
 @pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 170], [256, 128, 512]], ids=str)
-def test_on_a_gpu_as_dequantized(counts: list[int]) -> None:
-    """Products of float8 are summed in float32 by both; the output is bfloat16 (2^-9)."""
+def test_on_a_gpu_as_dequantized(counts: list[int], fast_accum: bool) -> None:
+    """Products of float8 are summed in float32 by both; the output is bfloat16 (2^-9). So few sums
+    are the same fast."""
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).cuda()
     a = numerics.quantize(torch.randn(sum(counts), K).cuda(), ROW, E4M3, "power_of_2")
     b = numerics.quantize(torch.randn(EXPERTS * N, K).cuda(), ROW, E4M3, "power_of_2")
     found, expected = (
-        scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, emulate=emulate)
+        scaled_grouped_matmul(
+            a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum, emulate=emulate
+        )
         for emulate in (False, True)
     )
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     x, y = (groups(torch.randn(sum(counts), n).cuda(), ends) for n in (N, K))
     found, expected = (
-        scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, emulate=emulate)
+        scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum, emulate=emulate)
         for emulate in (False, True)
     )
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-6)

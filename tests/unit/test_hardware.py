@@ -53,6 +53,16 @@ def test_float8_matmul_by_capability(
     assert hardware.multiplies(CUDA, TENSORWISE, emulate=False) is expected
 
 
+def test_hopper_units_are_those_of_one_capability(
+    capability: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability.update(enumerate([(8, 9), (9, 0), (10, 0), (12, 0)]))
+    devices = [CPU, *(torch.device("cuda", index) for index in capability)]
+    assert [hardware.has_hopper_units(x) for x in devices] == [False, False, True, False, False]
+    monkeypatch.setattr(torch.version, "hip", "6.0")  # where (9, 0) is another device
+    assert not hardware.has_hopper_units(devices[2])
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

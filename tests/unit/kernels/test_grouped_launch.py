@@ -1,5 +1,8 @@
 """On a GPU: the kernels for experts give the bytes of `grouped_numerics`, also at large sizes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,7 +68,17 @@ def multiplied(a: Scaled, b: Scaled, ends: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("n, k", [(48, 32), (272, 144), (768, 2048), (2064, 1040)])
 @pytest.mark.parametrize(
     "counts",
-    [[5], [129], [5, 0, 12], [0, 0, 300], [700, 0, 0], [1000, 0, 3, 2045], [17] * 130, [256] * 8],
+    [
+        [1],
+        [129],
+        [600],
+        [5, 0, 12],
+        [0, 0, 300],
+        [0, 2000, 0],
+        [1000, 0, 3, 2045],
+        [17] * 130,
+        [300] * 8,
+    ],
     ids=lambda counts: f"{len(counts)} of {counts[0]}",
 )
 def test_multiply_groups(counts: list[int], n: int, k: int) -> None:
@@ -83,6 +96,40 @@ def test_multiply_groups(counts: list[int], n: int, k: int) -> None:
         use_fast_accum=True,
     )
     assert multiplied(a, b, ends).equal(expected)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_rows_of_no_expert_are_left_alone() -> None:
+    a = numerics.quantize(torch.randn(200, 64, device="cuda"), ROW, E4M3, "power_of_2")
+    b = numerics.quantize(torch.randn(2 * 48, 64, device="cuda"), ROW, E4M3, "power_of_2")
+    ends = torch.tensor([30, 100], device="cuda", dtype=torch.int32)
+    fewer = multiplied(Scaled(a.data[:100], a.scale[:100], ROW), b, ends)
+    a.data[100:] = torch.nan
+    torch.full((200, 48), 7.0, device="cuda", dtype=torch.bfloat16)  # its memory is taken next
+    found = multiplied(a, b, ends)
+    assert found[:100].equal(fewer)
+    assert not found[100:].isnan().any()
+    assert multiplied(Scaled(a.data[:0], a.scale[:0], ROW), b, ends * 0).shape == (0, 48)
+
+
+_BAD_OFFSETS = """
+import torch, fp8dist
+a = torch.ones(64, 32, device="cuda").to(torch.float8_e4m3fn)
+inverses = torch.ones(64, device="cuda"), torch.ones(64, device="cuda")
+ends = torch.tensor({ends}, device="cuda", dtype=torch.int32)
+torch.ops.fp8dist.scaled_grouped_mm(a, a, *inverses, ends)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("ends", [[20, 200], [40, 24], [20, 64]], ids=str)
+def test_bad_offsets_are_noticed_on_the_device(ends: list[int]) -> None:
+    """As torch's own kernel does; in a process of its own, whose GPU is lost to it then."""
+    program = [sys.executable, "-c", _BAD_OFFSETS.format(ends=ends)]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
+    said = "offsets of experts go down, or beyond the tokens" in run.stdout + run.stderr
+    assert said == (run.returncode != 0) == (ends != [20, 64]), run.stderr
 
 
 @pytest.mark.usefixtures("hopper")
