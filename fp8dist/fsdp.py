@@ -29,7 +29,7 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
             for state, param in weights_of(module):
                 if not is_sharded(param) and state.seen is not None:
                     # FSDP2 has the unsharded weight in the module now, which keeps its scales, and
-                    # its data: see [Note: one rank] in `sharded_weight`.
+                    # its data, which may be the payload: see [Note: one rank] in `sharded_weight`.
                     param, state.scales, state.payload = state.seen.param, None, None
                 if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
                     seen.add(state)

@@ -43,7 +43,8 @@ class AmaxPart(NamedTuple):
         blocks: for which blocks amaxes are wanted.
         amaxes: for each of blocks, float32, one element per block of the whole matrix.
         out: (m, n), float8, rows contiguous, or None: where x goes, cast by the scales of its
-            rows. Rows are then among blocks, and x has all columns.
+            rows, of these amaxes as they are before they are exchanged. Rows are then among blocks,
+            and x has all columns.
         scale_format: of those scales.
     """
 
@@ -52,7 +53,7 @@ class AmaxPart(NamedTuple):
     blocks: Sequence[Block]
     amaxes: Sequence[torch.Tensor]
     out: torch.Tensor | None = None
-    scale_format: ScaleFormat = "power_of_2"
+    scale_format: ScaleFormat | None = None
 
 
 def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
@@ -80,7 +81,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
 
 def by_rows(part: AmaxPart) -> "CastPart":
     """The cast of a part that has `out`, by amaxes that are there."""
-    if part.out is None:
+    if part.out is None or part.scale_format is None:
         raise AssertionError("a part that is not to be cast")
     amaxes = part.amaxes[part.blocks.index(ROW)].narrow(0, part.start[0], part.x.size(0))
     scale = amax_to_scale(amaxes, part.out.dtype, part.scale_format)

@@ -79,10 +79,12 @@ class Shard:
 
     @cached_property
     def cast_by_rows(self) -> bool:
-        """Whether all of what its own payload is scaled by is in the shard."""
-        return (
-            self.recipe.weight == ROW and 0 < self.data.numel() == self.data.size(0) * self.whole[1]
-        )
+        """Whether its payload may be cast in the pass that finds amaxes: by the scales of rows that
+        are in the shard whole, and in no other, unless they are exchanged with copies of them.
+        """
+        columns = self.data.size(1)
+        in_kernel = columns <= kernels.WIDEST_ROWS
+        return self.recipe.weight == ROW and columns == self.whole[1] and in_kernel
 
     @cached_property
     def reduced_blocks(self) -> list[Block]:
@@ -168,7 +170,7 @@ def compute_scales(
             all of them, the groups along each mesh dimension, at an all-reduce each.
         device: where the collective runs.
         payloads: to cast in the pass that finds amaxes, as `cast_payloads` does: for shards that
-            are `cast_by_rows`, or None.
+            are `cast_by_rows`, if `groups` have no other copy of the weight; or None.
 
     Returns:
         scales: for each weight, per `reduced_blocks` the reciprocals and the scales, float32,

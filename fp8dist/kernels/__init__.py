@@ -9,6 +9,7 @@ import torch
 from fp8dist import numerics
 from fp8dist.config import COLUMN, ROW, TENSOR, WHOLE, Block, ScaleFormat
 from fp8dist.kernels import ops
+from fp8dist.kernels.layout import WIDEST_ROWS
 from fp8dist.numerics import AmaxPart, CastPart, Scaled
 from fp8dist.tracing import is_tracing
 
@@ -118,7 +119,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
     def in_kernel(part: AmaxPart) -> bool:
         # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
         # where its columns matter.
-        return _in_rows(part.x) and all(
+        narrow = part.out is None or part.x.size(1) <= WIDEST_ROWS
+        return (narrow and _in_rows(part.x)) and all(
             block in (TENSOR, ROW)
             or (block in (COLUMN, (128, 128)) and amaxes.size(1) * block[1] == part.x.size(1))
             for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
@@ -126,14 +128,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
 
     for_kernel, others = _divided(parts, in_kernel)
     if for_kernel:
-        to_cast = [(part, part.out) for part in for_kernel if part.out is not None]
-        in_one_pass, too_wide = _divided(
-            to_cast, lambda pair: pair[0].x.size(1) <= ops.launch.WIDEST_ROWS
-        )
         ops.launch.fill_amaxes([part for part in for_kernel if part.out is None])
-        ops.launch.cast_rows(in_one_pass)
-        ops.launch.fill_amaxes([part for part, _ in too_wide])
-        cast_into([numerics.by_rows(part) for part, _ in too_wide])
+        ops.launch.cast_rows([(part, part.out) for part in for_kernel if part.out is not None])
     numerics.fill_amaxes(others)
 
 

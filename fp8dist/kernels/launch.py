@@ -23,8 +23,9 @@ FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (64, 128, 4, 4)
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
-# Whole rows stay in registers with the amaxes of columns: so many elements at a time, or one row.
-_ROWS_TILE, WIDEST_ROWS = 4096, 16384
+# Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many elements
+# at a time, or one row.
+_ROWS_TILE = 4096
 
 
 def _cdiv(a: int, b: int) -> int:

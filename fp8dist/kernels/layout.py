@@ -10,6 +10,9 @@ import torch
 from fp8dist.config import COLUMN, ROW, TENSOR, Block, ScaleFormat
 from fp8dist.numerics import token_multiple
 
+WIDEST_ROWS = 16384
+"""Columns of the widest matrix that is cast by rows in the pass that finds amaxes."""
+
 _KINDS = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
 
 

@@ -243,9 +243,8 @@ def _passes(counters: dict[nn.Module, _Counter], dtype: torch.dtype, microbatche
             for param in module.parameters(recurse=False):
                 shard, state = _local(param), float8.get(id(param))
                 if state is not None and state.payload is not None:
-                    shard_now = state.shard_now(param)  # type: ignore[arg-type]  # sharded by now
-                    found_in_cast = not state.scales or shard_now.cast_by_rows
-                    reads = 1 if found_in_cast else 2
+                    # Packed, and often rows: amaxes are found in the pass that casts.
+                    reads = 1 if not state.scales or state.cast_by_rows else 2
                     casts += reads * shard.nbytes + state.payload.nbytes
                 elif shard.dtype != dtype:
                     size = shard.nbytes + shard.numel() * dtype.itemsize

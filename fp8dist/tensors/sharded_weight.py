@@ -315,7 +315,8 @@ class Float8ShardedWeight(torch.Tensor):
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
             unsharded._scales, unsharded._scales_for_grad_input = scales_by_use(scales)
-            if kept is not None and kept.data_ptr() != unsharded._data.data_ptr():
+            is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # not in stubs
+            if kept is not None and not is_alias_of(kept, unsharded._data):
                 unsharded._data = gathered_data(kept, not scales, size).data
             return None
         if kept is not None:

@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ class WeightState:
         self.groups: Groups = ()  # who hold the weight together, set with `shard`
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
+        self.cast_by_rows = False  # whether it would be in the pass that found the amaxes
         self.moving: torch.Event | None = None  # the payload's last move from host memory
         self.finite: _Finite | None = None
 
@@ -162,9 +164,13 @@ def update_scales(
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
     payloads = []
+    ranks = _size(groups)
     for state, shard in zip(states, shards, strict=True):
         state.payload_is_current = False
-        now = state.config.cache_payload and shard.cast_by_rows
+        # Where more ranks take part than hold the weight once, there are copies of it, which may
+        # differ: all are cast by the amaxes of all then, which are not there yet.
+        state.cast_by_rows = shard.cast_by_rows and ranks == _size(state.groups)
+        now = state.cast_by_rows and state.config.cache_payload
         payloads.append(_payload_for(state, shard) if now else None)
     scales, amaxes, ends = precompute.compute_scales(shards, groups, device, payloads)
     _take_scales(states, scales)
@@ -173,6 +179,11 @@ def update_scales(
         if payload is not None:
             state.payload, state.payload_is_current = payload, True
     _report_non_finite(states, amaxes, ends)
+
+
+def _size(groups: Groups) -> int:
+    """The ranks of a mesh whose dimensions these are the groups of."""
+    return math.prod(group.size() for group in groups)
 
 
 def _take_scales(states: list[WeightState], scales: list[list[tuple[torch.Tensor, ...]]]) -> None:

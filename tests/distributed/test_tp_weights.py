@@ -197,6 +197,31 @@ def test_fsdp_over_a_flattened_mesh() -> None:
         check(found, "rowwise", torch.float32, rank, 2)
 
 
+def copies_that_differ(recipe: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first row of a weight that the plan leaves out, as this rank has it and as it arrives.
+
+    Its copies on TP ranks differ in the last bit of an amax about 1.75, which is float8_max / 2^8.
+    """
+    mesh = mesh_of(2, 2)
+    model = new_model(mesh, recipe)
+    with torch.no_grad():
+        weight = model["plain"].weight
+        largest = 1.75 if mesh.get_local_rank("tp") == 0 else 1.7500001
+        if mesh.get_local_rank("dp") == 0:
+            weight.to_local()[0].fill_(0.5)
+            weight.to_local()[0, 0].fill_(largest)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    own = full(weight)[0]
+    return own, unshard(model)["plain"].dequantize()[0]
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
+def test_copies_of_a_weight_that_differ_are_cast_by_the_scales_of_all(recipe: str) -> None:
+    for own, found in run_on_ranks(4, copies_that_differ, recipe):
+        # e4m3 rounds to 1/16 at most; a scale that is another rank's doubles or halves.
+        torch.testing.assert_close(found, own, rtol=1 / 16, atol=0)
+
+
 # --- collectives
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale
 
-from fp8dist import numerics, precompute
+from fp8dist import kernels, numerics, precompute
 from fp8dist.config import RECIPES, Recipe
 from fp8dist.precompute import Shard
 
@@ -209,6 +209,12 @@ def test_cast_payloads_fills_the_rows_of_the_shard_and_no_others(
     assert payload[count:].eq(77).all()
 
 
+def test_rows_too_wide_for_the_kernel_are_cast_afterwards() -> None:
+    widths = kernels.WIDEST_ROWS, kernels.WIDEST_ROWS + 16
+    shards = [whole(torch.zeros(2, width), RECIPES["rowwise"]) for width in widths]
+    assert [shard.cast_by_rows for shard in shards] == [True, False]
+
+
 def test_rows_that_are_cut_are_not_cast_by_their_own_scales() -> None:
     shard = Shard(hp_weight()[:, :16], (N, K), (0, 0), (N, 16), RECIPES["rowwise"], world=4)
     with pytest.raises(AssertionError, match=r"rows of a shard of \(48, 64\) are cut"):
@@ -313,7 +319,7 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
         expected = numerics.cast(shard.data, of_part[recipe.weight][mine], recipe.weight_dtype)
         found_bytes = payload[: shard.data.size(0), : shard.data.size(1)]
         assert torch.equal(found_bytes, expected.view(torch.uint8))
-        has_rows = shard.data.numel() > 0 and shard.data.size(1) == weight.size(1)
+        has_rows = shard.data.size(1) == weight.size(1)
         assert shard.cast_by_rows == (has_rows and recipe.weight == (1, -1))
         if shard.cast_by_rows:
             again = torch.zeros_like(payload)

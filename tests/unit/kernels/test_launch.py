@@ -119,8 +119,8 @@ ROW_BLOCKS = [[ROW], [ROW, COLUMN], [ROW, TENSOR], [COLUMN, TENSOR, ROW]]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format):
-    """Shards of matrices, all at once; the last is too wide for one pass."""
-    widest = launch.WIDEST_ROWS
+    """Shards of matrices, all at once; the last is too wide for the kernel."""
+    widest = kernels.WIDEST_ROWS
     shapes = [
         (640, 384),
         (51, 50),
@@ -160,7 +160,7 @@ def test_rows_are_cast_in_one_launch_with_their_amaxes() -> None:
     x = make((256, 128), "wide", torch.float32)
     amaxes, out = torch.zeros(256, 1).cuda(), torch.empty(256, 128).cuda().to(torch.float8_e4m3fn)
     launch._compiled.clear()
-    kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes], out)])
+    kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes], out, "power_of_2")])
     assert len(launch._compiled) == 1
 
 

@@ -150,6 +150,14 @@ def test_fsdp(ranks: int, recipe: str) -> None:
     assert (found.passes.copies, found.passes.shards) == (copies, casts)
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "mxfp8_rceil"])
+def test_one_rank_gathers_nothing(recipe: str) -> None:
+    found = dry(job_of("--training.global_batch_size=2", recipe=recipe), 1)
+    assert found.microbatches == 2  # and so a second unshard
+    assert sum(sent_by_purpose(found).values()) == found.gathered == found.passes.copies == 0
+
+
 def test_scales_that_are_not_precomputed_are_those_of_the_first_microbatch() -> None:
     off = "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp=false"
     job = job_of("--training.global_batch_size=16", off, recipe="rowwise")
