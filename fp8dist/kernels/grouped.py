@@ -36,11 +36,6 @@ _library.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
-    "scaled_grouped_outer(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _pad_groups(
@@ -126,29 +121,7 @@ def _scaled_grouped_mm(
     return grouped_launch.multiply_groups(a, b, a_inverse, b_inverse, ends)
 
 
-def _scaled_grouped_outer(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    """`torch._scaled_grouped_mm` of padded groups whose tokens are contracted, likewise.
-
-    Args:
-        a: (N, padded rows), float8. b: (K, padded rows), float8.
-        a_inverse: (E, N), float32, 1 / the scales. b_inverse: (E, K).
-        ends: (E,), int32, where padded groups end, which have multiples of `GROUP_MULTIPLE` rows
-            and at least that.
-
-    Returns:
-        (E, N, K), bfloat16.
-    """
-    return grouped_launch.outer_groups(a, b, a_inverse, b_inverse, ends)
-
-
 _library.impl("scaled_grouped_mm", _scaled_grouped_mm, "CUDA")
-_library.impl("scaled_grouped_outer", _scaled_grouped_outer, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
@@ -198,21 +171,8 @@ def _(
     return a.new_empty((a.size(0), b.size(0) // ends.size(0)), dtype=torch.bfloat16)
 
 
-@register_fake("fp8dist::scaled_grouped_outer", lib=_library)
-def _(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    return a.new_empty((ends.size(0), a.size(0), b.size(0)), dtype=torch.bfloat16)
-
-
 def multiplies_groups(a: torch.Tensor) -> bool:
-    """Whether `fp8dist::scaled_grouped_mm` and `scaled_grouped_outer` are there for tokens where
-    these are.
-    """
+    """Whether `fp8dist::scaled_grouped_mm` is there for tokens where these are."""
     return has_kernels(a) and hardware.has_hopper_units(a.device)
 
 

@@ -91,9 +91,6 @@ def transpose_each(
     return out
 
 
-# The two below multiply what the hardware multiplies, and have no twin.
-
-
 @functools.cache
 def _all_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -106,9 +103,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Of a matrix, or matrices one below the other, for the kernel to load or store blocks of.
-
-    Strides are not those of x, which has others where a dimension is 1.
+    """Of a matrix, for the kernel to load blocks of. Strides are not those of x, which may have any
+    where a dimension is 1.
     """
     x = x.contiguous()
     if x.data_ptr() % 16:
@@ -154,43 +150,5 @@ def multiply_groups(
         num_warps=warps,
         num_stages=3,
         sanitize_overflow=False,  # which `debug`, there for the assertion, would check as well
-    )
-    return out
-
-
-# Rows and columns of a tile, how many columns are contracted at once, warps and stages.
-_OUTER_TILE = 128, 256, CHUNK, 8, 4
-
-
-@where_x_is
-def outer_groups(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    """The op `fp8dist::scaled_grouped_outer`, see `grouped`."""
-    n, k, groups = a.size(0), b.size(0), ends.numel()
-    out = torch.empty((groups, n, k), dtype=torch.bfloat16, device=a.device)
-    bm, bn, bk, warps, stages = _OUTER_TILE
-    programs = _multiprocessors(a.device)
-    kernels.outer_groups_kernel[(programs,)](
-        _descriptor(a, [bm, bk]),
-        _descriptor(b, [bn, bk]),
-        a_inverse.contiguous(),
-        b_inverse.contiguous(),
-        ends.contiguous(),
-        _descriptor(out, [1, bm, bn]),
-        n,
-        k,
-        groups,
-        programs,
-        max(16, 1 << (groups - 1).bit_length()),
-        bm,
-        bn,
-        bk,
-        num_warps=warps,
-        num_stages=stages,
     )
     return out

@@ -119,7 +119,7 @@ ROW_BLOCKS = [[ROW], [ROW, COLUMN], [ROW, TENSOR], [COLUMN, TENSOR, ROW]]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format):
-    """Shards of matrices, all at once; the last is too wide for the kernel."""
+    """Shards of matrices, all at once; the last, in one, is too wide for the kernel."""
     widest = kernels.WIDEST_ROWS
     shapes = [
         (640, 384),
@@ -140,7 +140,7 @@ def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format):
                 amaxes = [torch.zeros(scales_size(shape, block), device="cuda") for block in blocks]
                 mine = payload.clone()
                 written[kind] += [*amaxes, mine.view(torch.float8_e4m3fn)]
-                third = shape[0] // 3
+                third = shape[0] // 3 if shape[1] <= widest else 0
                 for start, end in [(0, third), (third, shape[0])]:
                     if start < end:
                         out = written[kind][-1][start:end]
