@@ -17,9 +17,9 @@ from fp8dist.tensors.float8_activation import ByRank, Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.gathering import in_order
 from fp8dist.tensors.placement import like
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight, local_float8
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
-from fp8dist.tensors.weight_state import WeightState
+from fp8dist.tensors.weight_state import WeightState, local_float8
 
 
 def _operands(

@@ -13,6 +13,9 @@ from fp8dist.kernels.layout import WIDEST_ROWS
 from fp8dist.numerics import AmaxPart, CastPart, Scaled
 from fp8dist.tracing import is_tracing
 
+if ops.launch is not None:
+    from fp8dist.kernels import weight_launch
+
 
 class Watcher(Protocol):
     """Is told of casts and transposes of operands before they are made, see `watched`."""
@@ -128,8 +131,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
 
     for_kernel, others = _divided(parts, in_kernel)
     if for_kernel:
-        ops.launch.fill_amaxes([part for part in for_kernel if part.out is None])
-        ops.launch.cast_rows([(part, part.out) for part in for_kernel if part.out is not None])
+        weight_launch.fill_amaxes([part for part in for_kernel if part.out is None])
+        weight_launch.cast_rows([(part, part.out) for part in for_kernel if part.out is not None])
     numerics.fill_amaxes(others)
 
 
@@ -144,5 +147,5 @@ def cast_into(parts: Sequence[CastPart]) -> None:
 
     for_kernel, others = _divided(parts, in_kernel)
     if for_kernel:
-        ops.launch.cast_into(for_kernel)
+        weight_launch.cast_into(for_kernel)
     numerics.cast_into(others)

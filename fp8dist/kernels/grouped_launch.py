@@ -10,15 +10,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
 from fp8dist.kernels import grouped_kernels as kernels
 from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel, where_x_is
-from fp8dist.kernels.layout import contiguous_strides
+from fp8dist.kernels.layout import cdiv, contiguous_strides
 
 CHUNK = GROUP_MULTIPLE
 # What was fastest on an H200: rows and columns that are taken at once.
 _AMAX_TILE, _CAST_COLUMNS = (16, 512), 128
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def quantize_groups(
@@ -36,7 +32,7 @@ def quantize_groups(
     first, end, group = torch.empty((3, chunks), dtype=torch.int32, device=device).unbind()
     launch_kernel(
         kernels.chunks_kernel,
-        (_cdiv(chunks, 64), 1, 1),
+        (cdiv(chunks, 64), 1, 1),
         (ends, new_ends, first, end, group),
         (groups, chunks),
         (CHUNK, max(16, 1 << (groups - 1).bit_length()), 64),
@@ -47,7 +43,7 @@ def quantize_groups(
     bm, bn = _AMAX_TILE
     launch_kernel(
         kernels.group_amaxes_kernel,
-        (chunks, _cdiv(n, bn), 1),
+        (chunks, cdiv(n, bn), 1),
         (x, first, end, group, row_amaxes, column_amaxes),
         (n, x.stride(0)),
         (rows, CHUNK, bm, bn),
@@ -59,7 +55,7 @@ def quantize_groups(
     t_scale = torch.empty((2, groups, n), dtype=torch.float32, device=device)
     launch_kernel(
         kernels.quantize_groups_kernel,
-        (chunks, _cdiv(n, _CAST_COLUMNS), 1),
+        (chunks, cdiv(n, _CAST_COLUMNS), 1),
         (x, first, end, group, row_amaxes, column_amaxes, data, scale, t_data, t_scale),
         (m, n, m_padded, groups, groups * n, x.stride(0)),
         (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, CHUNK, _CAST_COLUMNS),
@@ -82,7 +78,7 @@ def transpose_each(
     out = torch.empty((experts * n, rows), dtype=data.dtype, device=data.device)
     launch_kernel(
         kernels.transpose_each_kernel,
-        (_cdiv(rows, 128), _cdiv(n, 128), experts),
+        (cdiv(rows, 128), cdiv(n, 128), experts),
         (data, inverse.contiguous(), new_scale.contiguous(), out),
         (rows, n, data.stride(0)),
         (128, 128),

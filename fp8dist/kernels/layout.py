@@ -97,3 +97,8 @@ def contiguous_strides(size: tuple[int, ...]) -> tuple[int, ...]:
     for extent in reversed(size[1:]):
         strides.append(strides[-1] * max(extent, 1))
     return tuple(reversed(strides))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fp8dist import numerics, precompute
 from fp8dist.config import Float8Config
 from fp8dist.tensors.edits import Seen, local_shard
+from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight
 from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
 
 logger = logging.getLogger("fp8dist")
@@ -271,6 +273,40 @@ def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> 
             state.payload, state.payload_is_current = payload, True
     _report_bad_exponents([pair for pair in exponents if pair[1].numel() > 0])
     return payloads
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Float8Tensor:
+    """This rank's part, in float8, of a weight over tensor parallelism alone: nothing is gathered.
+
+    It is cast once per optimizer step, by `precompute_float8_dynamic_scale_for_fsdp`. After an
+    edit since then it is cast here, with one all-reduce over the TP ranks and one warning; the
+    first time, without a precompute before, with the all-reduce and no warning. All ranks call it
+    at the same point, as they do for the all-gather of FSDP2.
+
+    Args:
+        state: the `weight_state` of the layer.
+        param: its weight, a DTensor whose `_local_tensor` is a `Float8ShardedWeight`, cut by
+            Shard(0) or Shard(1) over one mesh dimension.
+        dtype: the high-precision dtype that the result stands for, in which the layer computes.
+
+    Returns:
+        (N / ranks, K) or (N, K / ranks), no gradient. Its data are overwritten at the next
+        precompute if the payload is cached, its scales always: they are for one step.
+
+    Raises:
+        ValueError: see `placement.cut_of` and `placement.check_part`; before any collective.
+    """
+    state.set_gathered(False)
+    # What selective checkpointing recomputes must not depend on whether this was up to date.
+    with _disable_current_modes():
+        make_current(state, param)
+        shard = state.shard_now(param)
+        payload = state.current_payload(shard.data, param)
+    if state.scales is None:
+        raise AssertionError(f"{state.fqn}: no scales of a weight that was just looked at")
+    return gathered_weight(payload, state.scales, torch.Size(shard.size), dtype)
 
 
 class _Finite:

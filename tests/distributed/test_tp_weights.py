@@ -23,9 +23,9 @@ from torch.distributed.tensor.parallel import (
 
 import fp8dist
 from fp8dist.config import RECIPES, WHOLE
-from fp8dist.tensors import sharded_weight
+from fp8dist.tensors import weight_state
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from fp8dist.tensors.sharded_weight import local_float8
+from fp8dist.tensors.weight_state import local_float8
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_placement import Quantized, quantized, weight_of
 from tests.distributed.toy import RECIPE_NAMES, full, same_bits, warnings_of_the_library
@@ -231,7 +231,7 @@ def phases(mesh: tuple[int, ...], recipe: str) -> tuple[str, list[str], Any]:
 
     def gather(phase: str) -> dict[str, Float8Tensor]:
         # `local_float8` hides from dispatch modes, the recorder of collectives among them.
-        seen = mock.patch.object(sharded_weight, "_disable_current_modes", contextlib.nullcontext)
+        seen = mock.patch.object(weight_state, "_disable_current_modes", contextlib.nullcontext)
         with collectives() as issued, seen:
             weights = unshard(model)
         lines.extend([phase, *(f"  {collective}" for collective in issued)])

@@ -20,8 +20,8 @@ from fp8dist import Float8Config, kernels
 from fp8dist.config import RECIPES
 from fp8dist.tensors import sharded_weight, weight_state
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded, local_float8
-from fp8dist.tensors.weight_state import WeightState
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded
+from fp8dist.tensors.weight_state import WeightState, local_float8
 
 N, K = 48, 32
 

@@ -1,0 +1,183 @@
+"""The Triton kernels for weights, launched: each function is the twin of one in `fp8dist.numerics`
+and gives the same bytes.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fp8dist.config import COLUMN, ROW, TENSOR, Block
+from fp8dist.kernels import weight_kernels as kernels
+from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel
+from fp8dist.kernels.layout import cdiv
+from fp8dist.numerics import AmaxPart, CastPart
+
+# What was fastest on an H200: rows and columns of a tile, and its warps.
+_WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
+_ENOUGH_PROGRAMS = 512  # some for each multiprocessor
+# Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many elements
+# at a time, or one row.
+_ROWS_TILE = 4096
+
+
+def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int, ...]:
+    """What a table of [Note: many matrices in one launch] has of a part and its amaxes of blocks,
+    places from where those of `base` begin.
+    """
+    x, (row_start, _), own, amaxes, *_ = part
+    places = dict.fromkeys(blocks, 0)
+    for block, amax in zip(own, amaxes, strict=True):
+        places[block] = _place(amax, base.amaxes[0])
+    return *x.shape, x.stride(0), row_start, _place(x, base.x), *places.values()
+
+
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+    """Twin of `numerics.fill_amaxes` for parts that are not to be cast: one launch for all that are
+    alike in dtype and blocks.
+    """
+    for alike in _alike(parts, lambda part: (part.x.device, part.x.dtype, tuple(part.blocks))):
+        x_base, out_base = alike[0].x, alike[0].amaxes[0]
+        entries = [_entry(part, alike[0], (ROW, COLUMN, (128, 128), TENSOR)) for part in alike]
+        bm, bn, warps = _WEIGHT_AMAX_TILE
+        blocks = alike[0].blocks
+        if COLUMN in blocks:
+            bm, most = bm * 4 // x_base.element_size(), 8
+        else:
+            most = 1 if ROW in blocks else 2
+        heights = tuple(bm * steps for steps in (8, 4, 2, 1) if steps <= most)
+        table, matrices, height = _table(tuple(entries), heights, bn, _stream(x_base))
+        launch_kernel(
+            kernels.fill_amaxes_kernel,
+            (matrices.size(0), 1, 1),
+            (x_base, out_base.view(torch.int32), table, matrices),
+            (),
+            (
+                all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
+                *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
+                bm,
+                bn,
+                height // bm,
+            ),
+            num_warps=warps,
+        )
+
+
+def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
+    """Twin of `numerics.fill_amaxes` for parts, beside them their `out`, of at most `WIDEST_ROWS`
+    columns: one launch for all that are alike in dtype and blocks, and as wide up to a factor of 2.
+    """
+
+    def key(pair: tuple[AmaxPart, torch.Tensor]) -> Hashable:
+        part, out = pair
+        alike = (part.x.device, part.x.dtype, tuple(part.blocks), out.dtype, part.scale_format)
+        return *alike, (part.x.size(1) - 1).bit_length()
+
+    for alike in _alike(parts, key):
+        base, out_base = alike[0]
+        entries = tuple(
+            (*_entry(part, base, (ROW, COLUMN, TENSOR)), _place(out, out_base), out.stride(0))
+            for part, out in alike
+        )
+        bn = 1 << (base.x.size(1) - 1).bit_length()
+        bm, warps = max(1, _ROWS_TILE // bn), 4 if bn <= _ROWS_TILE else 8
+        heights = tuple(max(bm, rows) for rows in (64, 32, 16))
+        table, matrices, height = _table(entries, heights, bn, _stream(base.x))
+        launch_kernel(
+            kernels.cast_rows_kernel,
+            (matrices.size(0), 1, 1),
+            (base.x, base.amaxes[0].view(torch.int32), out_base, table, matrices),
+            (),
+            (
+                all(e[i] % 16 == 0 for e in entries for i in (1, 2, 4, 8, 9)),
+                *(block in base.blocks for block in (COLUMN, TENSOR)),
+                FLOAT8_EXPONENT[out_base.dtype],
+                base.scale_format,
+                bm,
+                bn,
+                height // bm,
+            ),
+            num_warps=warps,
+        )
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """Twin of `numerics.cast_into`: one launch for all parts alike in dtype and block."""
+    for alike in _alike(
+        parts, lambda part: (part.x.device, part.x.dtype, part.out.dtype, part.block)
+    ):
+        x_base, scale_base, out_base = alike[0].x, alike[0].scale, alike[0].out
+        block = alike[0].block
+        kind = {TENSOR: "tensor", ROW: "row"}.get(block, "block")
+        bm, bn = 64, 256 if kind != "block" else block[1]
+        entries = []
+        for x, (row_start, column_start), _, scale, out in alike:
+            scale_at = _place(scale, scale_base)
+            if kind == "block":
+                scale_at += column_start // block[1]
+            entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
+            entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
+        table, matrices, _ = _table(tuple(entries), (bm,), bn, _stream(x_base))
+        aligned = all(
+            e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
+        )
+        launch_kernel(
+            kernels.cast_kernel,
+            (matrices.size(0), 1, 1),
+            (x_base, scale_base, out_base, table, matrices),
+            (),
+            (aligned, kind, block[0] if kind == "block" else 1, bm, bn),
+            num_warps=8,
+        )
+
+
+_Part = TypeVar("_Part")
+
+
+def _alike(parts: Sequence[_Part], key: Callable[[_Part], Any]) -> Iterable[list[_Part]]:
+    groups: dict[Any, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(key(part), []).append(part)
+    return groups.values()
+
+
+def _place(x: torch.Tensor, base: torch.Tensor) -> int:
+    """Where x begins, in elements from where base does."""
+    return (x.data_ptr() - base.data_ptr()) // x.element_size()
+
+
+def _stream(x: torch.Tensor) -> torch.cuda.Stream:
+    return torch.cuda.current_stream(x.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(
+    entries: tuple[tuple[int, ...], ...],
+    heights: tuple[int, ...],
+    bn: int,
+    stream: torch.cuda.Stream,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The table of [Note: many matrices in one launch] in `weight_kernels`, `matrix_ptr`, and the
+    rows that a program takes.
+
+    Places and sizes stay the same from step to step, so that it is made once.
+
+    Args:
+        entries: per matrix: M, N, stride, the row at which it starts, and places.
+        heights: rows that a program may take, most first: the first that leaves enough programs,
+            or the last.
+        bn: columns that a program takes.
+        stream: the current one, on which the table is made: another has one of its own.
+    """
+    for bm in heights:
+        tiles = [cdiv(entry[0], bm) * cdiv(entry[1], bn) for entry in entries]
+        if sum(tiles) >= _ENOUGH_PROGRAMS:
+            break
+    rows, first = [], 0
+    for entry, count in zip(entries, tiles, strict=True):
+        rows.append((*entry[:4], first, *entry[4:]))
+        first += count
+    matrices = torch.repeat_interleave(torch.tensor(tiles)).int()
+    table = torch.tensor(rows).pin_memory().to(stream.device, non_blocking=True)
+    return table, matrices.pin_memory().to(stream.device, non_blocking=True), bm
