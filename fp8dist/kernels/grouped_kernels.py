@@ -182,9 +182,9 @@ def transpose_each_kernel(
 # [Note: tiles of groups]
 # A tile of a product is of one group, and its first row is the group's or whole tiles below that.
 # How many tiles there are follows from where groups end, which only the device knows: there are as
-# many programs as run at once, and each takes every so manieth tile. Tiles of an expert follow each
-# other, those of the same columns first, so that programs share its weight in the cache. What a
-# tile reads below its group are rows of the next, of which nothing is stored.
+# many programs as run at once, and each takes every PROGRAMS-th tile. Tiles of an expert follow
+# each other, those of the same columns first, so that programs share its weight in the cache. What
+# a tile reads below its group are rows of the next, of which nothing is stored.
 
 
 # M and GROUPS as they are: of a constant 1 Triton 3.6 compiles masks wrongly, see `ops.in_kernels`.
