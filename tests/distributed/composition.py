@@ -28,7 +28,7 @@ from tests.distributed.toy import batch_of, full, loss_of
 LEARNING_RATE = 1e-2
 MAX_NORM = 0.05  # less than any step's
 
-WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3, "hsdp 2x1": 2, "fsdp x tp 1x2": 2}
+WORLDS = {"fsdp 1": 1, "fsdp 2": 2, "fsdp 3": 3, "hsdp 2x1": 2}
 
 
 def world_of(case: Case) -> int:
