@@ -12,8 +12,8 @@ from fp8dist.numerics import Scaled
 
 # `torch._scaled_grouped_mm` and `F.scaled_grouped_mm` call the same kernel, but only for the first
 # does the compiler tune another, with mode="max-autotune-no-cudagraphs". On Hopper GPUs tokens are
-# multiplied by weights with a kernel of our own, to the same bits: torch's takes a third longer
-# where experts have different numbers of tokens, as they have.
+# multiplied by weights with a kernel of our own, to the same bits: torch's takes longer where
+# experts have different numbers of tokens, as they have.
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
@@ -101,11 +101,11 @@ def scaled_grouped_outer(
         # Rows in memory, as torch's grouped matmul wants operands.
         a_hp, b_hp = a_hp.contiguous(), b_hp.contiguous()
         return torch.ops.fp8dist.grouped_mm(a_hp, b_hp.t(), a.ends).to(output_dtype)
-    inverses = _inverse(a).flatten(), _inverse(b).flatten()
     output = torch._scaled_grouped_mm(
         a.data.contiguous(),
         b.data.contiguous().t(),
-        *inverses,
+        _inverse(a).flatten(),
+        _inverse(b).flatten(),
         offs=a.ends,
         out_dtype=torch.bfloat16,
         use_fast_accum=fast_accum,

@@ -76,10 +76,10 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             local = amax(padded, block)
             row, column = (0 if block[dim] == WHOLE else start[dim] // block[dim] for dim in (0, 1))
             out[row : row + local.size(0), column : column + local.size(1)].copy_(local)
-    cast_into([by_rows(part) for part in parts if part.out is not None])
+    cast_into([_by_rows(part) for part in parts if part.out is not None])
 
 
-def by_rows(part: AmaxPart) -> "CastPart":
+def _by_rows(part: AmaxPart) -> "CastPart":
     """The cast of a part that has `out`, by amaxes that are there."""
     if part.out is None or part.scale_format is None:
         raise AssertionError("a part that is not to be cast")

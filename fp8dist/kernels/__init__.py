@@ -123,10 +123,14 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
         # where its columns matter.
         narrow = part.out is None or part.x.size(1) <= WIDEST_ROWS
-        return (narrow and _in_rows(part.x)) and all(
-            block in (TENSOR, ROW)
-            or (block in (COLUMN, (128, 128)) and amaxes.size(1) * block[1] == part.x.size(1))
-            for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
+        return (
+            narrow
+            and _in_rows(part.x)
+            and all(
+                block in (TENSOR, ROW)
+                or (block in (COLUMN, (128, 128)) and amaxes.size(1) * block[1] == part.x.size(1))
+                for block, amaxes in zip(part.blocks, part.amaxes, strict=True)
+            )
         )
 
     for_kernel, others = _divided(parts, in_kernel)

@@ -100,28 +100,8 @@ def _transpose_each(
     return contiguous, scale.new_empty(0, 0) if new_scale is not None else found.scale.clone()
 
 
-def _scaled_grouped_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    """`torch._scaled_grouped_mm` of tokens and weights, with fast accumulation: the same bits, in
-    less time where groups differ in size.
-
-    Args:
-        a: (M, K), float8, the tokens. b: (E * N, K), float8, the weights, one below the other.
-        a_inverse: float32, 1 / the scales of a's rows. b_inverse: of b's.
-        ends: (E,), int32.
-
-    Returns:
-        (M, N), bfloat16; what is in rows of no group is undefined.
-    """
-    return grouped_launch.multiply_groups(a, b, a_inverse, b_inverse, ends)
-
-
-_library.impl("scaled_grouped_mm", _scaled_grouped_mm, "CUDA")
+if launch is not None:
+    _library.impl("scaled_grouped_mm", grouped_launch.multiply_groups, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")

@@ -100,5 +100,5 @@ def contiguous_strides(size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """a / b, rounded up. (`triton.cdiv` is wrapped for kernels, which takes the CPU longer.)"""
     return -(-a // b)

@@ -13,6 +13,20 @@ from fp8dist.kernels.triton_kernels import _abs_bits, _raise_amaxes, amax_to_sca
 
 
 @triton.jit
+def _matrix(entry, ALIGNED: tl.constexpr):
+    """What every table's entry begins with; ALIGNED if all that matters is multiples of 16."""
+    M, N, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row_start, first, x_at = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    if ALIGNED:
+        N, stride, x_at = (
+            tl.multiple_of(N, 16),
+            tl.multiple_of(stride, 16),
+            tl.multiple_of(x_at, 16),
+        )
+    return M, N, stride, row_start, first, x_at
+
+
+@triton.jit
 def fill_amaxes_kernel(
     x_ptr,
     amax_ptr,
@@ -32,14 +46,7 @@ def fill_amaxes_kernel(
     """
     pid = tl.program_id(0)
     entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 10
-    M, N, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    row_start, first, x_at = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
-    if ALIGNED:
-        N, stride, x_at = (
-            tl.multiple_of(N, 16),
-            tl.multiple_of(stride, 16),
-            tl.multiple_of(x_at, 16),
-        )
+    M, N, stride, row_start, first, x_at = _matrix(entry, ALIGNED)
     tiles_n = tl.cdiv(N, BN)
     _raise_amaxes(
         x_ptr + x_at,
@@ -88,16 +95,10 @@ def cast_rows_kernel(
     """
     pid = tl.program_id(0)
     entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 11
-    M, N, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    row_start, first, x_at = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    M, N, stride, row_start, first, x_at = _matrix(entry, ALIGNED)
     row_ptr = amax_ptr + tl.load(entry + 6) + row_start
     out_at, out_stride = tl.load(entry + 9), tl.load(entry + 10)
     if ALIGNED:
-        N, stride, x_at = (
-            tl.multiple_of(N, 16),
-            tl.multiple_of(stride, 16),
-            tl.multiple_of(x_at, 16),
-        )
         out_at, out_stride = tl.multiple_of(out_at, 16), tl.multiple_of(out_stride, 16)
     columns = tl.arange(0, BN)
     column_mask = columns < N
@@ -149,16 +150,10 @@ def cast_kernel(
     """
     pid = tl.program_id(0)
     entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 10
-    M, N, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    row_start, first, x_at = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+    M, N, stride, row_start, first, x_at = _matrix(entry, ALIGNED)
     scale_at, scale_stride = tl.load(entry + 6), tl.load(entry + 7)
     out_at, out_stride = tl.load(entry + 8), tl.load(entry + 9)
     if ALIGNED:
-        N, stride, x_at = (
-            tl.multiple_of(N, 16),
-            tl.multiple_of(stride, 16),
-            tl.multiple_of(x_at, 16),
-        )
         out_at, out_stride = tl.multiple_of(out_at, 16), tl.multiple_of(out_stride, 16)
     tiles_n = tl.cdiv(N, BN)
     rows = (pid - first) // tiles_n * BM + tl.arange(0, BM)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -27,7 +26,6 @@ from fp8dist.tensors.float8_tensor import (
 from fp8dist.tensors.placement import matrix_size
 from fp8dist.tensors.weight_state import WeightState, make_current
 
-logger = logging.getLogger("fp8dist")
 aten = torch.ops.aten
 
 

@@ -61,6 +61,7 @@ def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
         "amax (tensor) of float32": 4 * numbers + one,
         "amax (row, column) of bfloat16": 2 * numbers + row + column,
         "cast (row) of float32 to e4m3": 5 * numbers + row,
+        "amax (row, column) and cast by rows of float32 to e4m3": 5 * numbers + row + column,
         # Read twice, written in both orientations, each with its scales.
         "amax and cast, two orientations (row, column) of bfloat16 to e4m3": (
             6 * numbers + row + column

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import launch  # noqa: E402
+from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 
