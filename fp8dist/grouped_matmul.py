@@ -11,9 +11,9 @@ from fp8dist.kernels import grouped
 from fp8dist.numerics import Scaled
 
 # `torch._scaled_grouped_mm` and `F.scaled_grouped_mm` call the same kernel, but only for the first
-# does the compiler tune another, with mode="max-autotune-no-cudagraphs". On Hopper GPUs tokens are
-# multiplied by weights with a kernel of our own, to the same bits: torch's takes longer where
-# experts have different numbers of tokens, as they have.
+# does the compiler tune another, with mode="max-autotune-no-cudagraphs". On Hopper GPUs kernels of
+# our own multiply, to the same bits: torch's takes longer for tokens times weights where experts
+# have different numbers of tokens, as they have, and for grad_weight, whose sums are short.
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
@@ -101,15 +101,18 @@ def scaled_grouped_outer(
         # Rows in memory, as torch's grouped matmul wants operands.
         a_hp, b_hp = a_hp.contiguous(), b_hp.contiguous()
         return torch.ops.fp8dist.grouped_mm(a_hp, b_hp.t(), a.ends).to(output_dtype)
-    output = torch._scaled_grouped_mm(
-        a.data.contiguous(),
-        b.data.contiguous().t(),
-        _inverse(a).flatten(),
-        _inverse(b).flatten(),
-        offs=a.ends,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=fast_accum,
-    )
+    inverses = _inverse(a).flatten(), _inverse(b).flatten()
+    if fast_accum and grouped.multiplies_outer(a.data):
+        output = torch.ops.fp8dist.scaled_grouped_outer(a.data, b.data, *inverses, a.ends)
+    else:
+        output = torch._scaled_grouped_mm(
+            a.data.contiguous(),
+            b.data.contiguous().t(),
+            *inverses,
+            offs=a.ends,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast_accum,
+        )
     return output.to(output_dtype)
 
 

@@ -16,6 +16,9 @@ from fp8dist.numerics import Scaled, wanted
 if launch is not None:
     from fp8dist.kernels import grouped_launch
 
+    if grouped_launch.HAS_GLUON:
+        from fp8dist.kernels import outer_launch
+
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
     "pad_groups(Tensor x, Tensor ends, int multiple) -> (Tensor, Tensor)",
@@ -31,11 +34,11 @@ _library.define(
     "int[2] block, Tensor? new_scale, str scale_format, Tensor? after) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
-    "scaled_grouped_mm(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in "scaled_grouped_mm", "scaled_grouped_outer":
+    _library.define(
+        f"{_name}(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def _pad_groups(
@@ -102,6 +105,8 @@ def _transpose_each(
 
 if launch is not None:
     _library.impl("scaled_grouped_mm", grouped_launch.multiply_groups, "CUDA")
+    if grouped_launch.HAS_GLUON:
+        _library.impl("scaled_grouped_outer", outer_launch.outer_groups, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
@@ -151,9 +156,25 @@ def _(
     return a.new_empty((a.size(0), b.size(0) // ends.size(0)), dtype=torch.bfloat16)
 
 
+@register_fake("fp8dist::scaled_grouped_outer", lib=_library)
+def _(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    return a.new_empty((ends.size(0), a.size(0), b.size(0)), dtype=torch.bfloat16)
+
+
 def multiplies_groups(a: torch.Tensor) -> bool:
     """Whether `fp8dist::scaled_grouped_mm` is there for tokens where these are."""
     return has_kernels(a) and hardware.has_hopper_units(a.device)
+
+
+def multiplies_outer(a: torch.Tensor) -> bool:
+    """Whether `fp8dist::scaled_grouped_outer` is."""
+    return multiplies_groups(a) and grouped_launch.HAS_GLUON
 
 
 def quantize_tokens(

@@ -5,6 +5,7 @@
 import functools
 
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
@@ -13,6 +14,8 @@ from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel, where_x_is
 from fp8dist.kernels.layout import cdiv, contiguous_strides
 
 CHUNK = GROUP_MULTIPLE
+HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
+"""Whether Triton's Gluon, which is experimental, is as `outer_kernel` has it; 3.9's is not."""
 # What was fastest on an H200: rows and columns that are taken at once.
 _AMAX_TILE, _CAST_COLUMNS = (16, 512), 128
 
@@ -92,19 +95,23 @@ def _all_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """But those that torch's matmuls, too, leave to communication."""
     reserved = torch._C._get_sm_carveout_experimental() or 0
     return max(1, _all_multiprocessors(device) - reserved)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous and at a multiple of 16 bytes, as descriptors want it."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """Of a matrix, for the kernel to load blocks of. Strides are not those of x, which may have any
     where a dimension is 1.
     """
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
+    x = aligned(x)
     return TensorDescriptor(x, list(x.shape), list(contiguous_strides(tuple(x.shape))), block)
 
 
@@ -135,7 +142,7 @@ def multiply_groups(
     # Of small groups a tile of 256 leaves too few tiles for all multiprocessors, which run two
     # programs of 128.
     bn, warps, programs = (128, 4, 2) if m <= 256 * groups else (256, 8, 1)
-    programs *= _multiprocessors(a.device)
+    programs *= multiprocessors(a.device)
     # Not `launch_kernel`, which knows of tensors only.
     kernels.multiply_groups_kernel[(programs,)](
         _descriptor(a, [128, 128]),

@@ -1,5 +1,6 @@
 """The grouped matmuls, against exact arithmetic and, on a GPU, the dequantized one."""
 
+import types
 from typing import Any
 
 import pytest
@@ -62,9 +63,20 @@ def test_tokens_contracted(counts: list[int]) -> None:
     assert found.equal(expected)
 
 
-@pytest.mark.parametrize("fast_accum", [True, False])
-def test_exact_sums_are_torchs(fast_accum: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Hopper GPU, whose tensor cores sum fast."""
+@pytest.mark.parametrize(
+    ("fast_accum", "gluon", "expected"),
+    [
+        (True, True, ["ours", "outer"]),
+        (True, False, ["ours", ("torch", True)]),
+        (False, True, [("torch", False), ("torch", False)]),
+    ],
+)
+def test_whose_kernels_multiply(
+    fast_accum: bool, gluon: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Hopper GPU, whose tensor cores sum fast: exact sums are torch's, and with a Triton whose
+    Gluon is not known grad_weight is.
+    """
     called: list[Any] = []
 
     def of_torch(*_: Any, use_fast_accum: bool, **__: Any) -> torch.Tensor:
@@ -75,17 +87,24 @@ def test_exact_sums_are_torchs(fast_accum: bool, monkeypatch: pytest.MonkeyPatch
         called.append("ours")
         return torch.zeros(2, 2)
 
+    def outer(*_: Any) -> torch.Tensor:
+        called.append("outer")
+        return torch.zeros(2, 2)
+
     monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: True)
     monkeypatch.setattr(kernels.grouped, "multiplies_groups", lambda a: True)
+    launch = types.SimpleNamespace(HAS_GLUON=gluon)
+    monkeypatch.setattr(kernels.grouped, "grouped_launch", launch, raising=False)
     monkeypatch.setattr(torch, "_scaled_grouped_mm", of_torch)
     ends = torch.tensor([5, 5, 17], dtype=torch.int32)
     a, b = operand(17, K, 0), operand(EXPERTS * N, K, 1)
     x, y = (groups(torch.randn(17, n), ends) for n in (N, K))
     with torch.library._scoped_library("fp8dist", "IMPL") as library:
         library.impl("scaled_grouped_mm", ours, "CPU")
+        library.impl("scaled_grouped_outer", outer, "CPU")
         scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
-    scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
-    assert called == ["ours" if fast_accum else ("torch", False), ("torch", fast_accum)]
+        scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
+    assert called == expected
 
 
 @pytest.mark.gpu

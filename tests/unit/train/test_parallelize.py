@@ -26,7 +26,7 @@ class Matmuls(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if "mm" in func.name():
+        if "mm" in func.name() or "outer" in func.name():
             self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
@@ -56,6 +56,16 @@ def zeros_of_tokens(
     ends: torch.Tensor,
 ) -> torch.Tensor:
     return torch.zeros(a.size(0), b.size(0) // ends.numel(), dtype=torch.bfloat16)
+
+
+def zeros_of_experts(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_inverse: torch.Tensor,
+    b_inverse: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    return torch.zeros(ends.numel(), a.size(0), b.size(0), dtype=torch.bfloat16)
 
 
 def matmuls_of(module: nn.Module, *args: torch.Tensor) -> Counter[str]:
@@ -100,7 +110,11 @@ def test_no_matmul_is_done_twice(
 @pytest.mark.parametrize(
     ("recipe", "gpu", "expected"),
     [
-        ("rowwise", "H200", {"fp8dist::scaled_grouped_mm": 6, "aten::_scaled_grouped_mm": 3}),
+        (
+            "rowwise",
+            "H200",
+            {"fp8dist::scaled_grouped_mm": 6, "fp8dist::scaled_grouped_outer": 3},
+        ),
         ("rowwise", "B200", {"aten::_scaled_grouped_mm": 9}),
         ("mxfp8_rceil", "", {"fp8dist::grouped_mm": 9}),
         (None, "", {"aten::_grouped_mm": 9}),
@@ -111,7 +125,8 @@ def test_no_matmul_of_experts_is_done_twice(
 ) -> None:
     """Three grouped matmuls, each with two of its backward."""
     monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: bool(gpu))
-    monkeypatch.setattr(grouped, "multiplies_groups", lambda a: gpu == "H200")
+    for ours in "multiplies_groups", "multiplies_outer":
+        monkeypatch.setattr(grouped, ours, lambda a: gpu == "H200")
     model = nn.Module()
     model.experts = StackedExperts()
     if recipe is not None:
@@ -119,9 +134,10 @@ def test_no_matmul_of_experts_is_done_twice(
     x, tokens = torch.randn(EXPERTS * 32, DIM, requires_grad=True), torch.full((EXPERTS,), 32)
     with (
         torch.library._scoped_library("aten", "IMPL") as torchs,
-        torch.library._scoped_library("fp8dist", "IMPL") as ours,
+        torch.library._scoped_library("fp8dist", "IMPL") as fp8dists,
     ):
         torchs.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
-        ours.impl("scaled_grouped_mm", zeros_of_tokens, "CPU")
+        fp8dists.impl("scaled_grouped_mm", zeros_of_tokens, "CPU")
+        fp8dists.impl("scaled_grouped_outer", zeros_of_experts, "CPU")
         found = matmuls_of(model.experts, x, tokens)
     assert {op: found[op] for op in expected} == expected
