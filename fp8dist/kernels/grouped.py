@@ -13,10 +13,16 @@ from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_rows
 from fp8dist.kernels.ops import has_kernels, in_kernels, launch
 from fp8dist.numerics import Scaled, wanted
 
+HAS_GLUON = False
+"""Whether there is a Triton whose Gluon, which is experimental, is as `outer_kernel` has it."""
+
 if launch is not None:
+    import triton
+
     from fp8dist.kernels import grouped_launch
 
-    if grouped_launch.HAS_GLUON:
+    HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
+    if HAS_GLUON:
         from fp8dist.kernels import outer_launch
 
 _library = Library("fp8dist", "FRAGMENT")
@@ -105,8 +111,8 @@ def _transpose_each(
 
 if launch is not None:
     _library.impl("scaled_grouped_mm", grouped_launch.multiply_groups, "CUDA")
-    if grouped_launch.HAS_GLUON:
-        _library.impl("scaled_grouped_outer", outer_launch.outer_groups, "CUDA")
+if HAS_GLUON:
+    _library.impl("scaled_grouped_outer", outer_launch.outer_groups, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
@@ -174,7 +180,7 @@ def multiplies_groups(a: torch.Tensor) -> bool:
 
 def multiplies_outer(a: torch.Tensor) -> bool:
     """Whether `fp8dist::scaled_grouped_outer` is."""
-    return multiplies_groups(a) and grouped_launch.HAS_GLUON
+    return HAS_GLUON and multiplies_groups(a)
 
 
 def quantize_tokens(

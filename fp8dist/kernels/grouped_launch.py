@@ -5,7 +5,6 @@
 import functools
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, padded_rows
@@ -14,8 +13,6 @@ from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel, where_x_is
 from fp8dist.kernels.layout import cdiv, contiguous_strides
 
 CHUNK = GROUP_MULTIPLE
-HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
-"""Whether Triton's Gluon, which is experimental, is as `outer_kernel` has it; 3.9's is not."""
 # What was fastest on an H200: rows and columns that are taken at once.
 _AMAX_TILE, _CAST_COLUMNS = (16, 512), 128
 
@@ -37,9 +34,10 @@ def quantize_groups(
         kernels.chunks_kernel,
         (cdiv(chunks, 64), 1, 1),
         (ends, new_ends, first, end, group),
-        (groups, chunks),
+        (groups, chunks, m),
         (CHUNK, max(16, 1 << (groups - 1).bit_length()), 64),
         num_warps=4,
+        sanitize_overflow=False,  # which `debug`, there for the assertion, would check as well
     )
     amaxes = torch.zeros(m * rows + groups * n, dtype=torch.int32, device=device)
     row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
@@ -162,6 +160,5 @@ def multiply_groups(
         128,
         num_warps=warps,
         num_stages=3,
-        sanitize_overflow=False,  # which `debug`, there for the assertion, would check as well
     )
     return out

@@ -1,5 +1,5 @@
-"""grad_weight of experts: the kernel. In Gluon, where Triton leaves it to the program which warp does
-what, and when.
+"""The kernel of grad_weight of experts. In Gluon, where Triton leaves it to the program which warp
+does what, and when.
 """
 
 from triton.experimental import gluon

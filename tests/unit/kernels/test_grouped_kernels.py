@@ -22,7 +22,8 @@ def test_chunks(counts: list[int], chunk: int) -> None:
     first, end, group = torch.empty((3, count), dtype=torch.int32, device="cuda").unbind()
     grid = (triton.cdiv(count, 64),)
     chunks_kernel[grid](
-        ends, padded_ends, first, end, group, len(counts), count, CHUNK=chunk, BG=256, BC=64
+        *(ends, padded_ends, first, end, group, len(counts), count, sum(counts)),
+        **dict(CHUNK=chunk, BG=256, BC=64),
     )
     assert padded_ends.equal(grouped_numerics.padded_ends(ends, chunk))
     tokens = torch.arange(1, sum(counts) + 1, device="cuda")[:, None]

@@ -1,5 +1,6 @@
 """On a GPU: the kernels for experts give the bytes of `grouped_numerics`, also at large sizes."""
 
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,10 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import grouped_launch, outer_launch  # noqa: E402
+from fp8dist.kernels import grouped, grouped_kernels, grouped_launch  # noqa: E402
+
+if grouped.HAS_GLUON:
+    from fp8dist.kernels import outer_kernel, outer_launch
 
 pytestmark = pytest.mark.gpu
 E4M3 = torch.float8_e4m3fn
@@ -115,22 +119,45 @@ def test_rows_of_no_expert_are_left_alone() -> None:
 
 _BAD_OFFSETS = """
 import torch, fp8dist
-a = torch.ones(64, 32, device="cuda").to(torch.float8_e4m3fn)
-inverses = torch.ones(64, device="cuda"), torch.ones(64, device="cuda")
+x = torch.ones(64, 32, device="cuda")
+a, inverse = x.to(torch.float8_e4m3fn), torch.ones(64, device="cuda")
 ends = torch.tensor({ends}, device="cuda", dtype=torch.int32)
-torch.ops.fp8dist.scaled_grouped_mm(a, a, *inverses, ends)
+{call}
 torch.cuda.synchronize()
 """
+_CALLS = {
+    "cast": "torch.ops.fp8dist.quantize_groups(x, ends, True, a.dtype)",
+    "multiply": "torch.ops.fp8dist.scaled_grouped_mm(a, a, inverse, inverse, ends)",
+}
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("ends", [[20, 200], [40, 24], [20, 64]], ids=str)
-def test_bad_offsets_are_noticed_on_the_device(ends: list[int]) -> None:
-    """As torch's own kernel does; in a process of its own, whose GPU is lost to it then."""
-    program = [sys.executable, "-c", _BAD_OFFSETS.format(ends=ends)]
+@pytest.mark.parametrize("call", _CALLS)
+def test_bad_offsets_are_noticed_on_the_device(call: str, ends: list[int]) -> None:
+    """As torch's own kernel does; in a process of its own, whose GPU is lost to it then. The matmul
+    itself has no message, see there."""
+    program = [sys.executable, "-c", _BAD_OFFSETS.format(ends=ends, call=_CALLS[call])]
     run = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
-    said = "offsets of experts go down, or beyond the tokens" in run.stdout + run.stderr
-    assert said == (run.returncode != 0) == (ends != [20, 64]), run.stderr
+    bad = ends != [20, 64]
+    assert (run.returncode != 0) == bad, run.stderr
+    if bad:
+        said = "offsets of experts go down, or beyond the tokens" in run.stdout + run.stderr
+        assert said == (call == "cast"), run.stderr
+        assert "CUDA error" in run.stderr
+
+
+@pytest.mark.usefixtures("hopper")
+def test_matmuls_call_no_function() -> None:
+    """For which ptxas would have each product of the tensor cores waited for."""
+    test_multiply_groups([300] * 2, 48, 32)
+    test_outer_groups([300] * 2, 48, 32)
+    for kernel in grouped_kernels.multiply_groups_kernel, outer_kernel.outer_groups_kernel:
+        compiled, *_ = kernel.device_caches[torch.cuda.current_device()]
+        assert compiled
+        for known in compiled.values():
+            assert "wgmma" in known.asm["ptx"]
+            assert not re.search(r"^\s*call", known.asm["ptx"], re.MULTILINE)
 
 
 @pytest.mark.usefixtures("hopper")
