@@ -144,7 +144,7 @@ def test_bad_offsets_are_noticed_on_the_device(call: str, ends: list[int]) -> No
     if bad:
         said = "offsets of experts go down, or beyond the tokens" in run.stdout + run.stderr
         assert said == (call == "cast"), run.stderr
-        assert "CUDA error" in run.stderr
+        assert "CUDA" in run.stderr
 
 
 @pytest.mark.usefixtures("hopper")
