@@ -179,7 +179,7 @@ def multiplies_groups(a: torch.Tensor) -> bool:
 
 
 def multiplies_outer(a: torch.Tensor) -> bool:
-    """Whether `fp8dist::scaled_grouped_outer` is."""
+    """Whether `fp8dist::scaled_grouped_outer` is there for groups of tokens where these are."""
     return HAS_GLUON and multiplies_groups(a)
 
 

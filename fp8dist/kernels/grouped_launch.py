@@ -94,7 +94,7 @@ def _all_multiprocessors(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """But those that torch's matmuls, too, leave to communication."""
+    """How many there are, but those that torch's matmuls, too, leave to communication."""
     reserved = torch._C._get_sm_carveout_experimental() or 0
     return max(1, _all_multiprocessors(device) - reserved)
 
@@ -160,5 +160,6 @@ def multiply_groups(
         128,
         num_warps=warps,
         num_stages=3,
+        sanitize_overflow=False,  # with TRITON_DEBUG=1; see the kernel
     )
     return out

@@ -17,11 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # tile soon after it has begun, and would wait for the first operands of the next, and multiply
 # nothing while it stores. So one warp loads, as many steps ahead as there is room for, whichever
 # tile they are of, and twice four warps multiply and store, each the upper or lower half of every
-# tile: while one half stores, the other multiplies. What they tell each other are barriers in
+# tile: a half may multiply while the other stores. What they tell each other are barriers in
 # shared memory: `ready[i]`, all bytes of place i have arrived; `free[i]`, both halves have
 # multiplied them. The n-th step of a program is in place n % STAGES, whose barriers have by then
 # been passed n // STAGES times; the parity of that is what is waited for. With the last step of a
-# tile come the inverse scales of its rows and columns.
+# tile come the inverse scales of its rows and columns. A group has at least one step: without one
+# the parities would be wrong from then on, so that ends the kernel.
 
 
 @gluon.jit
@@ -50,6 +51,14 @@ def _load(shared, PROGRAMS: gl.constexpr):
     count = 0
     for tile in range(gl.program_id(0), total, PROGRAMS):
         group, row, column, start, steps = _tile(tile, ends_ptr, tiles, tiles_n, BM, BN, BK)
+        gl.inline_asm_elementwise(
+            "{ .reg .pred bad; setp.lt.s32 bad, $1, 1; @bad trap; mov.u32 $0, $1; }",
+            "=r,r",
+            [steps],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
         for step in range(steps):
             place = count % STAGES
             arrived = ready.index(place)
@@ -105,6 +114,7 @@ def _multiply(shared, HALF: gl.constexpr, PROGRAMS: gl.constexpr):
         of_rows = a_inverse_places.index(place).slice(HALF * HALF_BM, HALF_BM, dim=0)
         a_inverse = of_rows.load(gl.SliceLayout(1, layout))
         b_inverse = b_inverse_places.index(place).load(gl.SliceLayout(0, layout))
+        fence_async_shared()  # they are read before they are loaded over
         mbarrier.arrive(free.index(place))
         product = (sums * a_inverse[:, None] * b_inverse[None, :]).to(gl.bfloat16)
         tma.store_wait(0)  # the half's last tile has left
@@ -133,9 +143,10 @@ def outer_groups_kernel(
     loader and multipliers].
 
     Groups have multiples of BK columns, and at least that. Sums are accumulated as the tensor cores
-    do it ("fast"). PROGRAMS are launched, of four warps, to which five are added here. The
-    descriptors are of blocks BM x BK, BN x BK, BM, BN and 1 x BM / 2 x BN, BN at most 256; what
-    goes over the edge of a and b is read as 0, of out not written.
+    do it ("fast"). PROGRAMS are launched, of four warps, the first half's; those of the other half
+    and of the loader are added here. The descriptors are of blocks BM x BK, BN x BK, BM, BN and
+    1 x BM / 2 x BN, BN at most 256; what goes over the edge of a and b is read as 0, of out not
+    written.
     """
     BM: gl.constexpr = a_desc.block_shape[0]
     BN: gl.constexpr = b_desc.block_shape[0]

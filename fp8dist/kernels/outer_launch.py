@@ -4,22 +4,26 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fp8dist.kernels.grouped_launch import CHUNK, aligned, multiprocessors
+from fp8dist.grouped_numerics import GROUP_MULTIPLE
+from fp8dist.kernels.grouped_launch import aligned, multiprocessors
 from fp8dist.kernels.launch import where_x_is
 from fp8dist.kernels.layout import contiguous_strides
 from fp8dist.kernels.outer_kernel import outer_groups_kernel
 
 # What was fastest on an H200: rows and columns of a tile, how many tokens are contracted at once,
 # and how many times that are in shared memory, as many as fit.
-_BM, _BN, _BK, _STAGES = 128, 256, CHUNK, 6
+_BM, _BN, _BK, _STAGES = 128, 256, 64, 6
+assert GROUP_MULTIPLE % _BK == 0, "a step is of one group"
 
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Of a tensor whose blocks lie in shared memory as the tensor cores read them."""
+    """For the kernel to move blocks of x; those of matrices lie in shared memory as the tensor
+    cores read them.
+    """
     x = aligned(x)
-    row = block[-1] * x.element_size() if len(block) > 1 else 0
+    row = block[-1] * x.element_size() if x.dim() > 1 else 0
     layout = NVMMASharedLayout(
-        swizzle_byte_width=min(row, 128), element_bitwidth=8 * x.element_size(), rank=len(block)
+        swizzle_byte_width=min(row, 128), element_bitwidth=8 * x.element_size(), rank=x.dim()
     )
     return TensorDescriptor(
         x, list(x.shape), list(contiguous_strides(tuple(x.shape))), block, layout
@@ -63,5 +67,6 @@ def outer_groups(
         programs,
         _STAGES,
         num_warps=4,
+        sanitize_overflow=False,  # with TRITON_DEBUG=1; see `multiply_groups_kernel`
     )
     return out

@@ -21,10 +21,8 @@ def test_chunks(counts: list[int], chunk: int) -> None:
     padded_ends = torch.empty_like(ends)
     first, end, group = torch.empty((3, count), dtype=torch.int32, device="cuda").unbind()
     grid = (triton.cdiv(count, 64),)
-    chunks_kernel[grid](
-        *(ends, padded_ends, first, end, group, len(counts), count, sum(counts)),
-        **dict(CHUNK=chunk, BG=256, BC=64),
-    )
+    tensors, numbers = (ends, padded_ends, first, end, group), (len(counts), count, sum(counts))
+    chunks_kernel[grid](*tensors, *numbers, CHUNK=chunk, BG=256, BC=64, sanitize_overflow=False)
     assert padded_ends.equal(grouped_numerics.padded_ends(ends, chunk))
     tokens = torch.arange(1, sum(counts) + 1, device="cuda")[:, None]
     expected = grouped_numerics.pad_groups(tokens, ends, chunk).view(count, chunk)

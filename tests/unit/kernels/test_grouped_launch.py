@@ -1,25 +1,21 @@
 """On a GPU: the kernels for experts give the bytes of `grouped_numerics`, also at large sizes."""
 
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from fp8dist import grouped_numerics, hardware, numerics
+from fp8dist import grouped_numerics, numerics
 from fp8dist.config import COLUMN, ROW
-from fp8dist.grouped_numerics import ScaledGroups
 from fp8dist.numerics import Scaled
+from tests.unit.kernels.contents import assert_no_calls
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import grouped, grouped_kernels, grouped_launch  # noqa: E402
-
-if grouped.HAS_GLUON:
-    from fp8dist.kernels import outer_kernel, outer_launch
+from fp8dist.kernels import grouped_kernels, grouped_launch  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 E4M3 = torch.float8_e4m3fn
@@ -56,12 +52,6 @@ def test_transpose_each() -> None:
     found = grouped_launch.transpose_each(of_rows.data, inverse, rows, new_scale)
     of = grouped_numerics.transpose_each(of_rows, rows, COLUMN, new_scale, "power_of_2")
     assert bytes_of(found).equal(bytes_of(of.data))
-
-
-@pytest.fixture
-def hopper() -> None:
-    if not hardware.has_hopper_units(torch.device("cuda")):
-        pytest.skip("needs a GPU of compute capability 9.0")
 
 
 def multiplied(a: Scaled, b: Scaled, ends: torch.Tensor) -> torch.Tensor:
@@ -148,16 +138,9 @@ def test_bad_offsets_are_noticed_on_the_device(call: str, ends: list[int]) -> No
 
 
 @pytest.mark.usefixtures("hopper")
-def test_matmuls_call_no_function() -> None:
-    """For which ptxas would have each product of the tensor cores waited for."""
+def test_the_matmul_calls_no_function() -> None:
     test_multiply_groups([300] * 2, 48, 32)
-    test_outer_groups([300] * 2, 48, 32)
-    for kernel in grouped_kernels.multiply_groups_kernel, outer_kernel.outer_groups_kernel:
-        compiled, *_ = kernel.device_caches[torch.cuda.current_device()]
-        assert compiled
-        for known in compiled.values():
-            assert "wgmma" in known.asm["ptx"]
-            assert not re.search(r"^\s*call", known.asm["ptx"], re.MULTILINE)
+    assert_no_calls(grouped_kernels.multiply_groups_kernel)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -174,81 +157,14 @@ def test_multiply_groups_that_lie_anywhere() -> None:
     assert multiplied(other_a, other_b, ends).equal(multiplied(a, b, ends))
 
 
-def groups_of(counts: list[int], columns: int) -> ScaledGroups:
-    ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
-    x = torch.randn(sum(counts), columns, device="cuda")
-    return grouped_numerics.quantize_groups(x, ends, COLUMN, E4M3, "power_of_2")
-
-
-def outer(a: ScaledGroups, b: ScaledGroups) -> torch.Tensor:
-    inverses = a.scale.reciprocal().flatten(), b.scale.reciprocal().flatten()
-    return torch.ops.fp8dist.scaled_grouped_outer(a.data, b.data, *inverses, a.ends)
-
-
-def outer_of_torch(a: ScaledGroups, b: ScaledGroups) -> torch.Tensor:
-    return torch._scaled_grouped_mm(
-        a.data.contiguous(),
-        b.data.contiguous().t(),
-        a.scale.reciprocal().flatten(),
-        b.scale.reciprocal().flatten(),
-        offs=a.ends,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("n, k", [(16, 16), (48, 32), (208, 528), (768, 2048), (2064, 1040)])
-@pytest.mark.parametrize(
-    "counts",
-    [[5], [129], [5, 0, 12], [0, 0, 300], [1000, 0, 3, 2045], [17] * 130, [256] * 8],
-    ids=lambda counts: f"{len(counts)} of {counts[0]}",
-)
-def test_outer_groups(counts: list[int], n: int, k: int) -> None:
-    """The bits of torch's own kernel; groups without tokens have 0. Programs with many tiles, with
-    one and with none; tiles of one step and of more steps than there are places."""
-    a, b = groups_of(counts, n), groups_of(counts, k)
-    found = outer(a, b)
-    assert found.equal(outer_of_torch(a, b))
-    assert [bool(product.any()) for product in found] == [count > 0 for count in counts]
-
-
-@pytest.mark.usefixtures("hopper")
-def test_outer_groups_with_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = groups_of([300, 0, 1000, 64], 784), groups_of([300, 0, 1000, 64], 1040)
-    expected = outer_of_torch(a, b)
-    for programs in 1, 2, 5:
-        monkeypatch.setattr(outer_launch, "multiprocessors", lambda device, n=programs: n)
-        assert outer(a, b).equal(expected)
-
-
-@pytest.mark.usefixtures("hopper")
-def test_outer_groups_that_lie_anywhere() -> None:
-    """At addresses that are no multiples of 16."""
-    a, b = groups_of([100, 20], 48), groups_of([100, 20], 32)
-    expected = outer(a, b)
-
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        flat = torch.zeros(x.numel() + 1, device="cuda").to(x.dtype)
-        flat[1:] = x.contiguous().flatten()
-        return flat[1:].view(x.shape)
-
-    a, b = (x._replace(data=moved(x.data)) for x in (a, b))
-    inverses = [moved(x.scale.reciprocal().flatten()) for x in (a, b)]
-    found = torch.ops.fp8dist.scaled_grouped_outer(a.data, b.data, *inverses, a.ends)
-    assert found.equal(expected)
-
-
-@pytest.mark.usefixtures("hopper")
-def test_what_the_compiler_is_told_of_the_ops() -> None:
+def test_what_the_compiler_is_told_of_the_op() -> None:
     a, b = (torch.ones(rows, 64, device="cuda").to(E4M3) for rows in (48, 96))
     inverses = torch.ones(48, device="cuda"), torch.ones(96, device="cuda")
-    of_tokens = torch.ops.fp8dist.scaled_grouped_mm.default
-    of_experts = torch.ops.fp8dist.scaled_grouped_outer.default
-    for op, ends in (of_tokens, [10, 30, 48]), (of_experts, [64]):
-        # The others multiply what they are given, which float8 tensors cannot.
-        torch.library.opcheck(
-            op,
-            (a, b, *inverses, torch.tensor(ends, device="cuda", dtype=torch.int32)),
-            test_utils=("test_faketensor", "test_autograd_registration"),
-        )
+    ends = torch.tensor([10, 30, 48], device="cuda", dtype=torch.int32)
+    # The others multiply what they are given, which float8 tensors cannot.
+    torch.library.opcheck(
+        torch.ops.fp8dist.scaled_grouped_mm.default,
+        (a, b, *inverses, ends),
+        test_utils=("test_faketensor", "test_autograd_registration"),
+    )
