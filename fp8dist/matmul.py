@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import Library, register_fake
 from torch.nn.functional import ScalingType, SwizzleType
+from torch.utils.flop_counter import register_flop_formula
 
 from fp8dist import hardware, numerics
 from fp8dist.config import ROW, TENSOR, Recipe
@@ -113,6 +114,12 @@ _library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
 @register_fake("fp8dist::scaled_mm", lib=_library)
 def _(a: torch.Tensor, b: torch.Tensor, *_: Any) -> torch.Tensor:
     return a.new_empty((a.size(0), b.size(0)), dtype=torch.bfloat16)
+
+
+@register_flop_formula(torch.ops.fp8dist.scaled_mm)
+def _(a_shape: Sequence[int], b_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """As torch's counter has it for `torch._scaled_mm`."""
+    return 2 * a_shape[0] * a_shape[1] * b_shape[0]
 
 
 def _dequantized_matmul(

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import SwizzleType
+from torch.utils.flop_counter import FlopCounterMode
 
 from fp8dist import hardware, matmul, numerics
 from fp8dist.config import RECIPES, ROW, TENSOR
@@ -192,6 +194,23 @@ def test_blocks_are_multiplied_by_torch_as_cublas_reads_them(
         assert torch.equal(scaling[0], a.scale.reciprocal())
         columns = b.scale.reciprocal() if case == "grad_weight" else b.scale.reciprocal().t()
         assert torch.equal(scaling[2][: len(columns)], columns)
+
+
+def test_products_of_blocks_are_counted() -> None:
+    """By torch's counter, as many as of the same matmul in bfloat16."""
+    counts = []
+    with FakeTensorMode():
+        a, b = torch.empty(384, 256), torch.empty(128, 256)
+        scale = torch.empty(1, 1)
+        for dtype in torch.bfloat16, E4M3:
+            with FlopCounterMode(display=False) as counter:
+                if dtype == E4M3:
+                    blocks = (1, 128), (128, 128)
+                    torch.ops.fp8dist.scaled_mm(a.to(E4M3), b.to(E4M3), scale, scale, *blocks, True)
+                else:
+                    torch.mm(a.to(dtype), b.to(dtype).t())
+            counts.append(counter.get_total_flops())
+    assert counts == [2 * 384 * 256 * 128] * 2
 
 
 def test_tokens_that_are_padded_in_one_operand() -> None:
