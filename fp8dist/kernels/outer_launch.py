@@ -1,5 +1,7 @@
 """The kernel of `outer_kernel`, launched."""
 
+import functools
+
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -16,18 +18,20 @@ _BM, _BN, _BK, _STAGES = 128, 256, 64, 6
 assert GROUP_MULTIPLE % _BK == 0, "a step is of one group"
 
 
+@functools.cache  # a launch needs five
+def _layout(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
+    """Of matrices, as the tensor cores read them."""
+    row = block[-1] * element_size if len(block) > 1 else 0
+    return NVMMASharedLayout(
+        swizzle_byte_width=min(row, 128), element_bitwidth=8 * element_size, rank=len(block)
+    )
+
+
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """For the kernel to move blocks of x; those of matrices lie in shared memory as the tensor
-    cores read them.
-    """
+    """For the kernel to move blocks of x."""
     x = aligned(x)
-    row = block[-1] * x.element_size() if x.dim() > 1 else 0
-    layout = NVMMASharedLayout(
-        swizzle_byte_width=min(row, 128), element_bitwidth=8 * x.element_size(), rank=x.dim()
-    )
-    return TensorDescriptor(
-        x, list(x.shape), list(contiguous_strides(tuple(x.shape))), block, layout
-    )
+    strides, layout = contiguous_strides(tuple(x.shape)), _layout(tuple(block), x.element_size())
+    return TensorDescriptor(x, list(x.shape), list(strides), block, layout)
 
 
 @where_x_is
