@@ -20,9 +20,9 @@ from fp8dist.numerics import Scaled
 # without tokens becomes one of zeros, whose product is 0 and not whatever was in memory.
 
 GROUP_MULTIPLE = 64
-"""Tokens to whose multiple groups are padded. torch's matmuls need 16, or 32 for MXFP8; of 64 a
-program of the kernels has rows of one group, which halves the time of a cast, and so has a step of
-grad_weight's matmul."""
+"""Tokens to whose multiple groups are padded. torch's matmuls need 16, or 32 for MXFP8. With 64 all
+that a program casts at once, which halves the time of a cast, and all that a step of grad_weight's
+matmul multiplies is of one group."""
 
 
 class ScaledGroups(NamedTuple):

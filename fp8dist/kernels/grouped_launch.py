@@ -160,6 +160,6 @@ def multiply_groups(
         128,
         num_warps=warps,
         num_stages=3,
-        sanitize_overflow=False,  # with TRITON_DEBUG=1; see the kernel
+        sanitize_overflow=False,  # its checks, with TRITON_DEBUG=1, are calls
     )
     return out

@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # tile: a half may multiply while the other stores. What they tell each other are barriers in
 # shared memory: `ready[i]`, all bytes of place i have arrived; `free[i]`, both halves have
 # multiplied them. The n-th step of a program is in place n % STAGES, whose barriers have by then
-# been passed n // STAGES times; the parity of that is what is waited for. With the last step of a
-# tile come the inverse scales of its rows and columns. A group has at least one step: without one
-# the parities would be wrong from then on, so that ends the kernel.
+# been passed n // STAGES times; the parity of that is waited for, and of `free` the other. With the
+# last step of a tile come the inverse scales of its rows and columns. A group has at least one
+# step: without one the parities would be wrong from then on, so that ends the kernel.
 
 
 @gluon.jit
@@ -124,7 +124,7 @@ def _multiply(shared, HALF: gl.constexpr, PROGRAMS: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["GROUPS"])
+@gluon.jit(do_not_specialize=["GROUPS"])  # one group is not compiled by itself
 def outer_groups_kernel(
     a_desc,
     b_desc,

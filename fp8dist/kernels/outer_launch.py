@@ -20,7 +20,7 @@ assert GROUP_MULTIPLE % _BK == 0, "a step is of one group"
 
 @functools.cache  # a launch needs five
 def _layout(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
-    """Of matrices, as the tensor cores read them."""
+    """Matrices lie in shared memory as the tensor cores read them, vectors as they are."""
     row = block[-1] * element_size if len(block) > 1 else 0
     return NVMMASharedLayout(
         swizzle_byte_width=min(row, 128), element_bitwidth=8 * element_size, rank=len(block)
@@ -71,6 +71,6 @@ def outer_groups(
         programs,
         _STAGES,
         num_warps=4,
-        sanitize_overflow=False,  # with TRITON_DEBUG=1; see `multiply_groups_kernel`
+        sanitize_overflow=False,  # its checks, with TRITON_DEBUG=1, are calls
     )
     return out

@@ -394,8 +394,5 @@ class ValidationSection:
 
     @property
     def text_path(self) -> Path | None:
-        """File or folder to read; None is torch's own source text.
-
-        Raises ValueError as `TrainingSection.text_path` does.
-        """
+        """File or folder to read, None: torch's source text. Raises as that of training does."""
         return text_path_of("validation", self.dataset, self.dataset_path, TORCH_DATASET)

@@ -12,14 +12,12 @@ and all casts of tokens and gradients; the weights are there already, as FSDP2 l
                            the fast accumulation that torchao's and fp8dist's have
     alone:RECIPE           of fp8dist the three matmuls, of operands that are cast already
 
-With --layer: router, shuffle, SwiGLU experts, compiled; one forward, backward and what follows an
-optimizer's step, on the ranks of torchrun; bf16 and fp8dist:RECIPE. Printed is also the ratio that
-the bytes on the wire alone would allow. With more ranks than GPUs these weigh as on a slow network;
-see bench_step.py.
+With --layer: router, shuffle, SwiGLU experts, compiled; forward, backward and what follows a step,
+on the ranks of torchrun; bf16 and fp8dist:RECIPE. Also the ratio that the bytes on the wire alone
+would allow; with more ranks than GPUs these weigh as on a slow network, see bench_step.py.
 
-The experts' numbers of tokens are drawn around an equal share, in multiples of 16, which torchao
-asks for, or, with --equal, they are that share. All three results are checked against those of bf16
-before they are timed. --shapes takes rows of tokens x K x N x E.
+The experts' numbers of tokens are drawn around an equal share, or, with --equal, are that share, in
+multiples of 16, which torchao asks for. All results are first checked against those of bf16.
 """
 
 import argparse
@@ -353,7 +351,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default=SHAPES, help=f"comma-separated; default {SHAPES}")
+    parser.add_argument("--shapes", default=SHAPES, help=f"tokens x K x N x E; default {SHAPES}")
     parser.add_argument("--variants", help="comma-separated, bf16 first; default: all, or with "
                         "--layer bf16,fp8dist:rowwise")  # fmt: skip
     parser.add_argument("--equal", action="store_true", help="as many tokens for each expert")

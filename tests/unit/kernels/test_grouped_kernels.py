@@ -7,7 +7,7 @@ from fp8dist import grouped_numerics
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from fp8dist.kernels.grouped_kernels import chunks_kernel  # noqa: E402
+from fp8dist.kernels.grouped_kernels import chunks_kernel  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 

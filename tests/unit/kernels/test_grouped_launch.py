@@ -9,13 +9,13 @@ import torch
 from fp8dist import grouped_numerics, numerics
 from fp8dist.config import COLUMN, ROW
 from fp8dist.numerics import Scaled
-from tests.unit.kernels.contents import assert_no_calls
+from tests.unit.kernels.compiled import assert_no_calls
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import grouped_kernels, grouped_launch  # noqa: E402
+from fp8dist.kernels import grouped_kernels, grouped_launch  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 E4M3 = torch.float8_e4m3fn

@@ -16,7 +16,7 @@ if not torch.backends.cuda.is_built():
 
 from triton.knobs import HookChain, runtime  # noqa: E402  # where there is Triton
 
-from fp8dist.kernels import launch  # noqa: E402
+from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fp8dist.kernels import grouped
-from tests.unit.kernels.contents import assert_no_calls
+from tests.unit.kernels.compiled import assert_no_calls
 from tests.unit.kernels.outer_operands import groups_of, outer, outer_of_torch
 
 if not grouped.HAS_GLUON:

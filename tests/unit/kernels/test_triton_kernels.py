@@ -9,10 +9,10 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
+import triton.language as tl  # noqa: E402  # where there is Triton
 
-from fp8dist.kernels.launch import FLOAT8_EXPONENT  # noqa: E402
-from fp8dist.kernels.triton_kernels import amax_to_scale  # noqa: E402
+from fp8dist.kernels.launch import FLOAT8_EXPONENT  # noqa: E402  # where there is Triton
+from fp8dist.kernels.triton_kernels import amax_to_scale  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 
