@@ -61,8 +61,7 @@ from fp8dist.train.wire import count_all_gathers
 # Llama-4 Scout, DeepSeek-V3 with 32 experts on a rank, Qwen3-30B.
 SHAPES = "16384x5120x8192x16,16384x7168x2048x32,32768x2048x768x128"
 LOWEST_SQNR = 15.0
-"""dB that results keep to those of bf16; float8 leaves 24 to 29 of one matmul and some less of a
-layer, a scale that is wrong by a factor of two 6 at most."""
+"""dB to bf16's results: float8 leaves 23 to 29, a scale that is wrong by two 6 at most."""
 REDUCED_BYTES = 4  # per element of a gradient: float32
 
 Results = tuple[torch.Tensor, ...]
