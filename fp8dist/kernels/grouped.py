@@ -152,25 +152,15 @@ def _(
 
 
 @register_fake("fp8dist::scaled_grouped_mm", lib=_library)
-def _(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    return a.new_empty((a.size(0), b.size(0) // ends.size(0)), dtype=torch.bfloat16)
+def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> torch.Tensor:
+    groups = inverses_and_ends[-1].size(0)
+    return a.new_empty((a.size(0), b.size(0) // groups), dtype=torch.bfloat16)
 
 
 @register_fake("fp8dist::scaled_grouped_outer", lib=_library)
-def _(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    return a.new_empty((ends.size(0), a.size(0), b.size(0)), dtype=torch.bfloat16)
+def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> torch.Tensor:
+    groups = inverses_and_ends[-1].size(0)
+    return a.new_empty((groups, a.size(0), b.size(0)), dtype=torch.bfloat16)
 
 
 def multiplies_groups(a: torch.Tensor) -> bool:

@@ -99,18 +99,14 @@ def multiprocessors(device: torch.device) -> int:
     return max(1, _all_multiprocessors(device) - reserved)
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x contiguous and at a multiple of 16 bytes, as descriptors want it."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """Of a matrix, for the kernel to load blocks of. Strides are not those of x, which may have any
-    where a dimension is 1.
+def described(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """x as descriptors want it, contiguous and at a multiple of 16 bytes, its shape and strides.
+    These are not those that x had: a dimension of 1 may have any.
     """
-    x = aligned(x)
-    return TensorDescriptor(x, list(x.shape), list(contiguous_strides(tuple(x.shape))), block)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x, list(x.shape), list(contiguous_strides(tuple(x.shape)))
 
 
 @where_x_is
@@ -143,8 +139,8 @@ def multiply_groups(
     programs *= multiprocessors(a.device)
     # Not `launch_kernel`, which knows of tensors only.
     kernels.multiply_groups_kernel[(programs,)](
-        _descriptor(a, [128, 128]),
-        _descriptor(b, [bn, 128]),
+        TensorDescriptor(*described(a), [128, 128]),
+        TensorDescriptor(*described(b), [bn, 128]),
         a_inverse.contiguous(),
         b_inverse.contiguous(),
         ends.contiguous(),

@@ -7,14 +7,11 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fp8dist.grouped_numerics import GROUP_MULTIPLE
-from fp8dist.kernels.grouped_launch import aligned, multiprocessors
+from fp8dist.kernels import outer_kernel
+from fp8dist.kernels.grouped_launch import described, multiprocessors
 from fp8dist.kernels.launch import where_x_is
-from fp8dist.kernels.layout import contiguous_strides
-from fp8dist.kernels.outer_kernel import outer_groups_kernel
 
-# What was fastest on an H200: rows and columns of a tile, how many tokens are contracted at once,
-# and how many times that are in shared memory, as many as fit.
-_BM, _BN, _BK, _STAGES = 128, 256, 64, 6
+_BM, _BN, _BK = (size.value for size in (outer_kernel.BM, outer_kernel.BN, outer_kernel.BK))
 assert GROUP_MULTIPLE % _BK == 0, "a step is of one group"
 
 
@@ -29,9 +26,7 @@ def _layout(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
 
 def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """For the kernel to move blocks of x."""
-    x = aligned(x)
-    strides, layout = contiguous_strides(tuple(x.shape)), _layout(tuple(block), x.element_size())
-    return TensorDescriptor(x, list(x.shape), list(strides), block, layout)
+    return TensorDescriptor(*described(x), block, _layout(tuple(block), x.element_size()))
 
 
 @where_x_is
@@ -58,7 +53,7 @@ def outer_groups(
     out = torch.empty((groups, n, k), dtype=torch.bfloat16, device=a.device)
     programs = multiprocessors(a.device)
     # Not `launch_kernel`, which knows of tensors only.
-    outer_groups_kernel[(programs,)](
+    outer_kernel.outer_groups_kernel[(programs,)](
         _descriptor(a, [_BM, _BK]),
         _descriptor(b, [_BN, _BK]),
         _descriptor(a_inverse, [_BM]),
@@ -69,7 +64,6 @@ def outer_groups(
         k,
         groups,
         programs,
-        _STAGES,
         num_warps=4,
         sanitize_overflow=False,  # its checks, with TRITON_DEBUG=1, are calls
     )

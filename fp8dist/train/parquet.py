@@ -66,8 +66,8 @@ def _group(path: Path, group: int) -> Any:
 
 def _open(path: Path) -> Any:
     try:
-        from pyarrow import ArrowException  # type: ignore # may not be there
-        from pyarrow.parquet import ParquetFile  # type: ignore # may not be there
+        from pyarrow import ArrowException  # type: ignore # optional
+        from pyarrow.parquet import ParquetFile  # type: ignore # optional
     except ImportError as error:
         raise ValueError(f"{path} needs the pyarrow package: pip install pyarrow") from error
     try:

@@ -34,7 +34,7 @@ class WorkerLoader:
         tokens_per_step: int,
     ):
         try:
-            from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore # may not be
+            from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore # optional
         except ImportError as error:
             raise ValueError(
                 f"training.dataloader.num_workers is {section.num_workers}, which needs a package: "

@@ -48,24 +48,12 @@ def zeros_of_groups(
     return torch.zeros(size, dtype=torch.bfloat16)
 
 
-def zeros_of_tokens(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    return torch.zeros(a.size(0), b.size(0) // ends.numel(), dtype=torch.bfloat16)
+def zeros_of_tokens(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(a.size(0), b.size(0) // others[-1].numel(), dtype=torch.bfloat16)
 
 
-def zeros_of_experts(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_inverse: torch.Tensor,
-    b_inverse: torch.Tensor,
-    ends: torch.Tensor,
-) -> torch.Tensor:
-    return torch.zeros(ends.numel(), a.size(0), b.size(0), dtype=torch.bfloat16)
+def zeros_of_experts(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(others[-1].numel(), a.size(0), b.size(0), dtype=torch.bfloat16)
 
 
 def matmuls_of(module: nn.Module, *args: torch.Tensor) -> Counter[str]:
