@@ -11,9 +11,9 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
 from fp8dist import kernels, numerics
-from fp8dist.config import HP_DTYPES, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, ROW, Float8Config, Recipe
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
-from fp8dist.grouped_numerics import ScaledGroups
+from fp8dist.grouped_numerics import ContractedRows, ScaledGroups, contracted_rows
 from fp8dist.kernels import grouped
 from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.compiler_cache import hash_for_caching
@@ -50,8 +50,8 @@ class Float8Experts(Float8Tensor):
     precision, an exchange of the last two dimensions.
 
     Args:
-        data, scales, scales_for_grad_input: as `Float8Tensor` takes them for the matrix of all
-            experts' weights (E * R, C), one below the other; the last (2, E, C).
+        data, scales: as `Float8Tensor` takes them for the matrix of all experts' weights, one
+            below the other, (E * R, C).
         size: (E, R, C), or (E, C, R) if transposed.
         dtype: the high-precision dtype it stands for, which its gradients have.
         config: how it is multiplied.
@@ -71,7 +71,6 @@ class Float8Experts(Float8Tensor):
         scales: torch.Tensor | None,
         size: torch.Size,
         dtype: torch.dtype,
-        scales_for_grad_input: torch.Tensor | None,
         config: Float8Config,
         transposed: bool = False,
     ) -> "Float8Experts":
@@ -85,7 +84,7 @@ class Float8Experts(Float8Tensor):
         )
         self._data = data
         self._scales = scales
-        self._scales_for_grad_input = scales_for_grad_input
+        self._scales_for_grad_input = None  # one copy of the weight, and its scales, serve both
         self.config = config
         self.transposed = transposed
         return self
@@ -115,7 +114,6 @@ class Float8Experts(Float8Tensor):
             self._scales,
             torch.Size((experts, columns, rows)) if transpose else self.shape,
             self.dtype if dtype is None else dtype,
-            self._scales_for_grad_input,
             self.config,
             self.transposed is not transpose,
         )
@@ -145,10 +143,8 @@ class Float8Experts(Float8Tensor):
         inner: dict[str, torch.Tensor], meta: Any, outer_size: torch.Size, outer_stride: Any
     ) -> "Float8Experts":
         dtype, config, transposed = meta
-        scales, scales_for_grad_input = inner.get("_scales"), inner.get("_scales_for_grad_input")
-        return Float8Experts(
-            inner["_data"], scales, outer_size, dtype, scales_for_grad_input, config, transposed
-        )
+        scales = inner.get("_scales")
+        return Float8Experts(inner["_data"], scales, outer_size, dtype, config, transposed)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Float8Experts(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -187,9 +183,9 @@ class Float8ShardedExperts(Float8ShardedWeight):
     def _unsharded(
         self, payload: torch.Tensor, scales: Any, size: torch.Size, dtype: torch.dtype
     ) -> Float8Experts:
-        own_scales, scales_for_grad_input = scales_by_use(scales)
+        own_scales, _ = scales_by_use(scales)
         data = gathered_data(payload, own_scales is None, size)
-        return Float8Experts(data, own_scales, size, dtype, scales_for_grad_input, self.config)
+        return Float8Experts(data, own_scales, size, dtype, self.config)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_tensor"], (self.config, self.parameter_name)
@@ -207,43 +203,39 @@ class Float8ShardedExperts(Float8ShardedWeight):
 # --- the three matmuls
 
 
-def _for_output(weight: torch.Tensor, recipe: Recipe) -> Scaled:
-    """The operand of output, (E * N, K), of a weight (E, K, N)."""
-    if isinstance(weight, Float8Experts) and weight.transposed:
-        return weight.unpack(recipe.weight)
-    return _other_way(weight, recipe, None)
+def _is_transposed(weight: torch.Tensor) -> bool:
+    """Whether the weight (E, K, N) is stored as (E, N, K)."""
+    return weight.stride(1) == 1
 
 
-def _for_grad_input(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor) -> Scaled:
-    """The operand of grad_input, (E * K, N), of a weight (E, K, N).
+def weight_operand(
+    weight: torch.Tensor, contracts_rows: bool, recipe: Recipe, after: torch.Tensor | None = None
+) -> Scaled | ContractedRows:
+    """The weight for a matmul that contracts the rows of what is stored, or its columns.
 
     after: see [Note: only in backward] in `kernels.ops`.
     """
-    if isinstance(weight, Float8Experts) and not weight.transposed:
-        return weight.unpack(recipe.weight)
-    return _other_way(weight.transpose(1, 2), recipe, after)
-
-
-def _other_way(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor | None) -> Scaled:
-    """The weight (E, A, B) for a matmul that contracts A, (E * B, A): if it has arrived in float8,
-    and A are its rows, derived from that."""
+    experts, by_rows = weight.size(0), recipe.weight == ROW
     if isinstance(weight, Float8Experts):
-        scales = weight._scales_for_grad_input
-        derived = grouped.transpose_each(
-            weight.unpack(recipe.weight),
-            weight.rows,
-            recipe.weight_for_grad_input,
-            None if scales is None else scales[1],
-            recipe.scale_format,
-            after,
+        scaled = weight.unpack(recipe.weight)
+        if contracts_rows and not by_rows:
+            block = recipe.weight_for_grad_input
+            return grouped.rescale_each(scaled, weight.rows, block, recipe.scale_format, after)
+    else:
+        hp = weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
+        lies_as_wanted = by_rows or not contracts_rows
+        hp = hp.transpose(1, 2) if _is_transposed(hp) == lies_as_wanted else hp
+        rows = hp.reshape(-1, hp.size(2))
+        found, _ = kernels.quantize_both(
+            rows, recipe.weight, None, recipe.weight_dtype, recipe.scale_format, after
         )
-        return derived if scales is None else derived._replace(inverse=scales[0].reshape(-1, 1))
-    hp = weight._tensor if isinstance(weight, Float8ShardedWeight) else weight
-    rows = hp.transpose(1, 2).reshape(-1, hp.size(1))
-    scaled, _ = kernels.quantize_both(
-        rows, recipe.weight, None, recipe.weight_dtype, recipe.scale_format, after
-    )
-    return wanted(scaled)
+        scaled = wanted(found)
+    return contracted_rows(scaled, experts) if contracts_rows and by_rows else scaled
+
+
+def factor_of(operand: Scaled | ContractedRows | None) -> torch.Tensor | None:
+    """What tokens that are multiplied by the operand are multiplied by before they are cast."""
+    return operand.factor if isinstance(operand, ContractedRows) else None
 
 
 @torch._dynamo.allow_in_graph
@@ -264,6 +256,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         recipe = config.recipe
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
+        operand = weight_operand(weight, not _is_transposed(weight), recipe)
         scaled, groups = grouped.quantize_tokens(
             input,
             ends,
@@ -271,6 +264,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
             recipe.input_for_grad_weight if needs_weight_grad else None,
             recipe.input_dtype,
             recipe.scale_format,
+            factor_of(operand),
         )
         saved = () if groups is None else (groups.data, groups.scale, groups.ends)
         inverse = () if groups is None or groups.inverse is None else (groups.inverse,)
@@ -278,7 +272,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
         ctx.config = config
         return scaled_grouped_matmul(
             wanted(scaled),
-            _for_output(weight, recipe),
+            operand,
             ends,
             input.dtype,
             recipe,
@@ -295,6 +289,10 @@ class _Float8GroupedMatmul(torch.autograd.Function):
         config: Float8Config = ctx.config
         recipe = config.recipe
         needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        transposed = _is_transposed(weight)
+        operand = (
+            weight_operand(weight, transposed, recipe, grad_output) if needs_input_grad else None
+        )
         scaled, groups = grouped.quantize_tokens(
             grad_output,
             ends,
@@ -302,23 +300,24 @@ class _Float8GroupedMatmul(torch.autograd.Function):
             recipe.grad_output_for_grad_weight if needs_weight_grad else None,
             recipe.grad_output_dtype,
             recipe.scale_format,
+            factor_of(operand),
         )
         grad_input = grad_weight = None
-        if scaled is not None:
+        if scaled is not None and operand is not None:
             grad_input = scaled_grouped_matmul(
                 scaled,
-                _for_grad_input(weight, recipe, grad_output),
+                operand,
                 ends,
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_of_experts.grad_input,
                 emulate=config.emulate,
+                after=grad_output,
             )
         if groups is not None:
             data, scale, padded_ends, *inverse = saved
             tokens = ScaledGroups(data, scale, padded_ends, groups.block, *inverse)
-            stored_transposed = weight.stride(1) == 1
-            a, b = (groups, tokens) if stored_transposed else (tokens, groups)
+            a, b = (groups, tokens) if transposed else (tokens, groups)
             grad_weight = scaled_grouped_outer(
                 a,
                 b,
@@ -327,7 +326,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
                 fast_accum=config.fast_accum_of_experts.grad_weight,
                 emulate=config.emulate,
             )
-            if stored_transposed:
+            if transposed:
                 grad_weight = grad_weight.transpose(1, 2)
         return grad_input, grad_weight, None, None, None
 

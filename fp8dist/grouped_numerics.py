@@ -110,23 +110,55 @@ def dequantize_groups(x: ScaledGroups) -> torch.Tensor:
     return numerics.dequantize(x.data, scale)
 
 
-def transpose_each(
-    x: Scaled, rows: int, block: Block, new_scale: torch.Tensor | None, scale_format: ScaleFormat
-) -> Scaled:
-    """`numerics.rescale_transposed` of each of the matrices that lie one below the other.
+# [Note: rows that are contracted]
+# A weight that is scaled by rows contributes x[m, a] * w[a, b] / scale[a] to a product that
+# contracts its rows. The scale of a row is a factor of all that the row is multiplied by, so x can
+# be divided by it as well, before it is cast: as scales are powers of two, that moves exponents.
+# Then what arrived is the operand as it is. To scale the weight by columns instead would move the
+# exponents of its own elements as far; either is exact but for elements that become subnormal. No
+# other scales are needed, so no amaxes of columns, and on Hopper no transpose (`rows_kernel`).
+# Factors are relative to the largest of their expert, so that tokens become no larger, and tiny
+# ones do not come near the amax at which scales end.
+
+
+class ContractedRows(NamedTuple):
+    """The weights of experts for a matmul that contracts their rows.
+
+    Args:
+        data: (E * A, B), float8, the weights one below the other.
+        factor: (E, A), float32, what tokens (M, A) are multiplied by before they are cast.
+        inverse: (E,), float32, what products are multiplied by.
+    """
+
+    data: torch.Tensor
+    factor: torch.Tensor
+    inverse: torch.Tensor
+
+
+def contracted_rows(x: Scaled, experts: int) -> ContractedRows:
+    """x (E * A, B), scaled by rows with powers of two; see [Note: rows that are contracted]."""
+    inverse = x.scale.reciprocal() if x.inverse is None else x.inverse
+    of_rows = inverse.view(experts, -1)
+    largest = of_rows.amax(1)
+    return ContractedRows(x.data, of_rows / largest[:, None], largest)
+
+
+def by_factor(x: torch.Tensor, ends: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x (M, A) times its group's factor (groups, A), in float32."""
+    return x.float() * factor[group_of_rows(ends, x.size(0))]
+
+
+def rescale_each(x: Scaled, rows: int, block: Block, scale_format: ScaleFormat) -> Scaled:
+    """`numerics.rescale_transposed`, from what x stands for, of each of the matrices that lie one
+    below the other.
 
     Args:
         x: (E * rows, N), E matrices of `rows` rows.
         block: the blocks of each matrix for the new operand, others than those of x.
-        new_scale: float32, (E, N), for blocks of whole columns; None: from what x stands for.
 
     Returns:
         (E * N, rows).
     """
     w = numerics.dequantize(x.data, x.scale)
     w = w.unflatten(0, (-1, rows)).transpose(1, 2).flatten(0, 1)
-    flipped = (block[1], block[0])
-    if new_scale is None:
-        return numerics.quantize(w, flipped, x.data.dtype, scale_format)
-    scale = new_scale.reshape(-1, 1)
-    return Scaled(numerics.cast(w, scale, x.data.dtype), scale, flipped)
+    return numerics.quantize(w, (block[1], block[0]), x.data.dtype, scale_format)

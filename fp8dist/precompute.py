@@ -21,9 +21,9 @@ from fp8dist.numerics import AmaxPart, CastPart
 Size = tuple[int, int]
 
 # [Note: experts]
-# The (E, R, C) weights of experts are handled as one (E * R, C) matrix: its rows have scales as
-# those of any other, and its columns have them per expert, in blocks of R x 1. A shard has all
-# rows of some experts, or some columns of all, or some rows of each, which lie apart then.
+# The (E, R, C) weights of experts are handled as one (E * R, C) matrix, whose rows have scales as
+# those of any other. A shard has all rows of some experts, or some columns of all, or some rows of
+# each, which lie apart then.
 
 
 @dataclass(frozen=True)
@@ -232,31 +232,14 @@ def _fill_amaxes(
             # on the CPU and the buffer is not.
             targets = [amax.to(shard.data.device).contiguous() for amax in mine]
             copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
-        if shard.experts is None:
-            own = [AmaxPart(shard.data, shard.start, blocks, targets)]
-        else:
-            own = _parts_of_experts(shard, shard.experts[0], blocks, targets)
+        own = [
+            AmaxPart(shard.data[first : first + count], (row, shard.start[1]), blocks, targets)
+            for first, row, count in shard.spans
+        ]
         parts += own if payload is None else _to_be_cast(own, shard, payload)
     kernels.fill_amaxes(parts)
     for amax, filled in copies:
         amax.copy_(filled)
-
-
-def _parts_of_experts(
-    shard: Shard, rows: int, blocks: list[Block], amaxes: list[torch.Tensor]
-) -> list[AmaxPart]:
-    """A part per expert, of which blocks of `rows` rows are the columns."""
-    own_blocks = [(WHOLE if side == rows else side, columns) for side, columns in blocks]
-    parts = []
-    for first, row, count in shard.pieces:
-        expert, start = divmod(row, rows)
-        own_amaxes = [
-            amax.narrow(0, expert * (rows // side), rows // side)
-            for amax, (side, _) in zip(amaxes, blocks, strict=True)
-        ]
-        data = shard.data[first : first + count]
-        parts.append(AmaxPart(data, (start, shard.start[1]), own_blocks, own_amaxes))
-    return parts
 
 
 def _to_be_cast(parts: list[AmaxPart], shard: Shard, payload: torch.Tensor) -> Iterator[AmaxPart]:

@@ -9,7 +9,7 @@ from torch.library import Library, register_fake
 
 from fp8dist import grouped_numerics, hardware, kernels
 from fp8dist.config import COLUMN, ROW, WHOLE, Block, ScaleFormat
-from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_rows
+from fp8dist.grouped_numerics import GROUP_MULTIPLE, ContractedRows, ScaledGroups, padded_rows
 from fp8dist.kernels.ops import has_kernels, in_kernels, launch
 from fp8dist.numerics import Scaled, wanted
 
@@ -23,7 +23,7 @@ if launch is not None:
 
     HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.", "3.8."))
     if HAS_GLUON:
-        from fp8dist.kernels import outer_launch
+        from fp8dist.kernels import outer_launch, rows_launch
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
@@ -31,13 +31,22 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "quantize_groups(Tensor x, Tensor ends, bool rows, ScalarType float8_dtype) "
+    "quantize_groups(Tensor x, Tensor ends, bool rows, ScalarType float8_dtype, Tensor? factor) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "transpose_each(Tensor data, Tensor scale, Tensor? inverse, int[2] own_block, int rows, "
-    "int[2] block, Tensor? new_scale, str scale_format, Tensor? after) -> (Tensor, Tensor)",
+    "transpose_each(Tensor data, int rows, Tensor? after) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "rescale_each(Tensor data, Tensor scale, int[2] own_block, int rows, int[2] block, "
+    "str scale_format, Tensor? after) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "scaled_grouped_mm_rows(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _name in "scaled_grouped_mm", "scaled_grouped_outer":
@@ -58,20 +67,28 @@ _FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tor
 
 
 def _quantize_groups(
-    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    rows: bool,
+    float8_dtype: torch.dtype,
+    factor: torch.Tensor | None,
 ) -> _FiveTensors:
     """Scaled by rows, if they are wanted, and by columns of groups, with powers of two.
+
+    Args:
+        factor: (groups, N), float32: what rows are multiplied by before, but not columns.
 
     Returns:
         data (M, N), its reciprocals and scales (2, M, 1), transposed data (N, `padded_rows`), its
         reciprocals and scales (2, groups, N), and the padded ends.
     """
     if in_kernels(x) and x.numel() > 0:
-        return grouped_launch.quantize_groups(x, ends, rows, float8_dtype)
+        return grouped_launch.quantize_groups(x, ends, rows, float8_dtype, factor)
     sizes = _sizes(x, ends, rows)
     data, scales = x.new_empty(sizes[0], dtype=float8_dtype), x.new_empty(sizes[1]).float()
     if rows:
-        scaled, _ = kernels.quantize_both(x, ROW, None, float8_dtype, "power_of_2")
+        by_rows = x if factor is None else grouped_numerics.by_factor(x, ends, factor)
+        scaled, _ = kernels.quantize_both(by_rows, ROW, None, float8_dtype, "power_of_2")
         scaled = wanted(scaled)
         data = scaled.data.clone(memory_format=torch.contiguous_format)
         scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
@@ -88,34 +105,36 @@ def _sizes(x: torch.Tensor, ends: torch.Tensor, rows: bool) -> list[tuple[int, .
     return [*of_rows, (n, m_padded), (2, groups, n)]
 
 
-def _transpose_each(
+def _transpose_each(data: torch.Tensor, rows: int, after: torch.Tensor | None) -> torch.Tensor:
+    """Each of the matrices of `rows` rows that lie one below the other."""
+    if has_kernels(data):
+        return grouped_launch.transpose_each(data, rows)
+    return data.unflatten(0, (-1, rows)).transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def _rescale_each(
     data: torch.Tensor,
     scale: torch.Tensor,
-    inverse: torch.Tensor | None,
     own_block: Sequence[int],
     rows: int,
     block: Sequence[int],
-    new_scale: torch.Tensor | None,
     scale_format: ScaleFormat,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grouped_numerics.transpose_each`: data and, if they are not given, scales."""
-    if has_kernels(data) and new_scale is not None:
-        inverse = scale.reciprocal() if inverse is None else inverse
-        return grouped_launch.transpose_each(data, inverse, rows, new_scale), scale.new_empty(0, 0)
-    x = Scaled(data, scale, (own_block[0], own_block[1]), inverse)
-    found = grouped_numerics.transpose_each(x, rows, (block[0], block[1]), new_scale, scale_format)
-    contiguous = found.data.clone(memory_format=torch.contiguous_format)
-    return contiguous, scale.new_empty(0, 0) if new_scale is not None else found.scale.clone()
+    x = Scaled(data, scale, (own_block[0], own_block[1]))
+    found = grouped_numerics.rescale_each(x, rows, (block[0], block[1]), scale_format)
+    return found.data.clone(memory_format=torch.contiguous_format), found.scale.clone()
 
 
 if launch is not None:
     _library.impl("scaled_grouped_mm", grouped_launch.multiply_groups, "CUDA")
 if HAS_GLUON:
     _library.impl("scaled_grouped_outer", outer_launch.outer_groups, "CUDA")
+    _library.impl("scaled_grouped_mm_rows", rows_launch.multiply_rows, "CUDA")
 _library.impl("pad_groups", _pad_groups, "CompositeExplicitAutograd")
 _library.impl("quantize_groups", _quantize_groups, "CompositeExplicitAutograd")
 _library.impl("transpose_each", _transpose_each, "CompositeExplicitAutograd")
+_library.impl("rescale_each", _rescale_each, "CompositeExplicitAutograd")
 
 
 @register_fake("fp8dist::pad_groups", lib=_library)
@@ -126,7 +145,11 @@ def _(x: torch.Tensor, ends: torch.Tensor, multiple: int) -> tuple[torch.Tensor,
 
 @register_fake("fp8dist::quantize_groups", lib=_library)
 def _(
-    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    rows: bool,
+    float8_dtype: torch.dtype,
+    factor: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     dtypes = (float8_dtype, torch.float32, float8_dtype, torch.float32)
     sizes = _sizes(x, ends, rows)
@@ -135,20 +158,22 @@ def _(
 
 
 @register_fake("fp8dist::transpose_each", lib=_library)
+def _(data: torch.Tensor, rows: int, after: torch.Tensor | None) -> torch.Tensor:
+    return data.new_empty(data.size(0) // rows * data.size(1), rows)
+
+
+@register_fake("fp8dist::rescale_each", lib=_library)
 def _(
     data: torch.Tensor,
     scale: torch.Tensor,
-    inverse: torch.Tensor | None,
     own_block: Sequence[int],
     rows: int,
     block: Sequence[int],
-    new_scale: torch.Tensor | None,
     scale_format: str,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     stacked = data.size(0) // rows * data.size(1)
-    scales = (0, 0) if new_scale is not None else (stacked, rows // block[0])
-    return data.new_empty(stacked, rows), scale.new_empty(scales)
+    return data.new_empty(stacked, rows), scale.new_empty(stacked, rows // block[0])
 
 
 @register_fake("fp8dist::scaled_grouped_mm", lib=_library)
@@ -163,14 +188,19 @@ def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> tor
     return a.new_empty((groups, a.size(0), b.size(0)), dtype=torch.bfloat16)
 
 
+@register_fake("fp8dist::scaled_grouped_mm_rows", lib=_library)
+def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> torch.Tensor:
+    return a.new_empty((a.size(0), b.size(1)), dtype=torch.bfloat16)
+
+
 def multiplies_groups(a: torch.Tensor) -> bool:
     """Whether `fp8dist::scaled_grouped_mm` is there for tokens where these are."""
     return has_kernels(a) and hardware.has_hopper_units(a.device)
 
 
-def multiplies_outer(a: torch.Tensor) -> bool:
-    """Whether `fp8dist::scaled_grouped_outer` is there for groups of tokens where these are."""
-    return HAS_GLUON and multiplies_groups(a)
+def multiplies_in_gluon(a: torch.Tensor) -> bool:
+    """Whether `fp8dist::scaled_grouped_outer` and `scaled_grouped_mm_rows` are there, too."""
+    return hardware.matmuls_are_assumed() or HAS_GLUON and multiplies_groups(a)
 
 
 def quantize_tokens(
@@ -180,18 +210,22 @@ def quantize_tokens(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     scale_format: ScaleFormat,
+    factor: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, ScaledGroups | None]:
     """x (M, K) for a matmul that contracts K, in blocks within a row, and the groups of x^T for one
     that contracts each group's tokens, as they are wanted; see `grouped_numerics.quantize_groups`.
+
+    factor: that of `grouped_numerics.ContractedRows`, if that is what x (M, K) is multiplied by.
     """
     if transposed_block == COLUMN:
         data, scales, t_data, t_scales, padded_ends = torch.ops.fp8dist.quantize_groups.default(
-            x, ends, block is not None, float8_dtype
+            x, ends, block is not None, float8_dtype, factor
         )
         scaled = None if block is None else Scaled(data, scales[1], block, scales[0])
         groups = ScaledGroups(t_data, t_scales[1], padded_ends, WHOLE, t_scales[0])
         return scaled, groups
-    scaled, _ = kernels.quantize_both(x, block, None, float8_dtype, scale_format)
+    by_rows = x if factor is None else grouped_numerics.by_factor(x, ends, factor)
+    scaled, _ = kernels.quantize_both(by_rows, block, None, float8_dtype, scale_format)
     if transposed_block is None:
         return scaled, None
     padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, GROUP_MULTIPLE)
@@ -200,18 +234,24 @@ def quantize_tokens(
     return scaled, ScaledGroups(t.data, t.scale, padded_ends, transposed_block[0], t.inverse)
 
 
-def transpose_each(
+def transposed(x: ContractedRows, after: torch.Tensor | None = None) -> Scaled:
+    """The weights for a matmul that contracts columns, (E * B, A); for `after`, see [Note: only in
+    backward] in `ops`."""
+    experts, rows = x.factor.shape
+    data = torch.ops.fp8dist.transpose_each.default(x.data, rows, after)
+    inverse = x.inverse[:, None].expand(experts, x.data.size(1)).reshape(-1, 1)
+    return Scaled(data, inverse.reciprocal(), ROW, inverse)
+
+
+def rescale_each(
     x: Scaled,
     rows: int,
     block: Block,
-    new_scale: torch.Tensor | None,
     scale_format: ScaleFormat,
     after: torch.Tensor | None = None,
 ) -> Scaled:
-    """See `grouped_numerics.transpose_each`; for `after`, [Note: only in backward] in `ops`."""
-    data, scale = torch.ops.fp8dist.transpose_each.default(
-        x.data, x.scale, x.inverse, x.block, rows, block, new_scale, scale_format, after
+    """See `grouped_numerics.rescale_each`; for `after`, [Note: only in backward] in `ops`."""
+    data, scale = torch.ops.fp8dist.rescale_each.default(
+        x.data, x.scale, x.block, rows, block, scale_format, after
     )
-    if new_scale is not None:
-        scale = new_scale.reshape(-1, 1)
     return Scaled(data, scale, (block[1], block[0]))

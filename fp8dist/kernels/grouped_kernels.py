@@ -58,35 +58,43 @@ def group_amaxes_kernel(
     first_ptr,
     end_ptr,
     group_ptr,
+    factor_ptr,
     row_ptr,
     column_ptr,
     N,
     stride,
     WANT_ROW: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Raise amaxes, int32 bits that are zero before, to those of rows of x (M, N) and of columns of
-    each group, (groups, N). A program takes a chunk, BM rows after BM rows.
+    """Raise amaxes, int32 bits that are zero before, to those of rows of x (M, N), times its
+    group's factor (groups, N) if there is one, and of columns of each group, (groups, N). A program
+    takes a chunk, BM rows after BM rows.
     """
     chunk = tl.program_id(0)
     first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     column_mask = columns < N
+    of_group = tl.load(group_ptr + chunk).to(tl.int64) * N + columns
     if first < end:
+        if HAS_FACTOR:
+            factor = tl.load(factor_ptr + of_group, mask=column_mask, other=1.0)
         most = tl.zeros((BM, BN), dtype=tl.int32)
         for step in range(CHUNK // BM):
             rows = first + step * BM + tl.arange(0, BM)
             row_mask = rows < end
             offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
             mask = row_mask[:, None] & column_mask[None, :]
-            bits = _abs_bits(tl.load(x_ptr + offsets, mask=mask, other=0.0))
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            bits = _abs_bits(x)
             most = tl.maximum(most, bits)
+            if HAS_FACTOR:
+                bits = _abs_bits(x.to(tl.float32) * factor[None, :])
             if WANT_ROW:
                 tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
-        of_group = column_ptr + tl.load(group_ptr + chunk).to(tl.int64) * N + columns
-        tl.atomic_max(of_group, tl.max(most, 0), mask=column_mask, sem="relaxed")
+        tl.atomic_max(column_ptr + of_group, tl.max(most, 0), mask=column_mask, sem="relaxed")
 
 
 @triton.jit
@@ -95,6 +103,7 @@ def quantize_groups_kernel(
     first_ptr,
     end_ptr,
     group_ptr,
+    factor_ptr,
     row_amax_ptr,
     column_amax_ptr,
     data_ptr,
@@ -110,12 +119,14 @@ def quantize_groups_kernel(
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
     WANT_ROW: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Cast x (M, N) by the scales of its rows to data (M, N), and by those of the columns of each
-    group to t_data (N, M_PADDED), its transpose; the scales go to (M,) and (GROUPS, N), SCALES
-    in number. A program takes BN columns of a chunk.
+    """Cast x (M, N), times its group's factor (GROUPS, N) if there is one, by the scales of its
+    rows to data (M, N), and x by those of the columns of each group to t_data (N, M_PADDED), its
+    transpose; the scales go to (M,) and (GROUPS, N), SCALES in number. A program takes BN columns
+    of a chunk.
     """
     chunk, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
@@ -125,11 +136,15 @@ def quantize_groups_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
+    of_group = tl.load(group_ptr + chunk).to(tl.int64) * N + columns
     if WANT_ROW:
         bits = tl.load(row_amax_ptr + rows, mask=row_mask, other=0)
         scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
         _store_scale(scale_ptr, rows, M, scale, row_mask & (pid_n == 0), FORMAT)
-        scaled = (x * scale[:, None]).to(data_ptr.dtype.element_ty)
+        by_rows = x
+        if HAS_FACTOR:
+            by_rows = x * tl.load(factor_ptr + of_group, mask=column_mask, other=1.0)[None, :]
+        scaled = (by_rows * scale[:, None]).to(data_ptr.dtype.element_ty)
         tl.store(data_ptr + rows[:, None] * N + columns[None, :], scaled, mask=mask)
 
     # There are at least as many chunks as groups, so each program writes the scales of one.
@@ -138,8 +153,7 @@ def quantize_groups_kernel(
     t_scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
     _store_scale(t_scale_ptr, chunk * N + columns, SCALES, t_scale, wanted, FORMAT)
 
-    of_group = column_amax_ptr + tl.load(group_ptr + chunk).to(tl.int64) * N + columns
-    bits = tl.load(of_group, mask=column_mask, other=0)
+    bits = tl.load(column_amax_ptr + of_group, mask=column_mask, other=0)
     t_scaled = x * amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)[None, :]
     padded = chunk * CHUNK + tl.arange(0, CHUNK)
     tl.store(
@@ -150,34 +164,17 @@ def quantize_groups_kernel(
 
 
 @triton.jit
-def transpose_each_kernel(
-    x_ptr,
-    inverse_ptr,
-    new_scale_ptr,
-    out_ptr,
-    ROWS,
-    N,
-    stride,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Cast each of the matrices x (E * ROWS, N), scaled by rows, by new_scale (E, N) to the
-    transposes (E * N, ROWS); inverse (E * ROWS,) is 1 / what x was scaled by.
-    """
+def transpose_each_kernel(x_ptr, out_ptr, ROWS, N, stride, BM: tl.constexpr, BN: tl.constexpr):
+    """Transpose each of the matrices x (E * ROWS, N), elements of a byte, to (E * N, ROWS)."""
     expert = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     row_mask, column_mask = rows < ROWS, columns < N
     mask = row_mask[:, None] & column_mask[None, :]
-    offsets = (expert * ROWS + rows)[:, None] * stride + columns[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    inverse = tl.load(inverse_ptr + expert * ROWS + rows, mask=row_mask, other=1.0)
-    scale = tl.load(new_scale_ptr + expert * N + columns, mask=column_mask, other=1.0)
-    scaled = x * inverse[:, None] * scale[None, :]
-    offsets = (expert * N + columns)[:, None] * ROWS + rows[None, :]
+    x = tl.load(x_ptr + (expert * ROWS + rows)[:, None] * stride + columns[None, :], mask=mask)
     tl.store(
-        out_ptr + offsets,
-        tl.trans(scaled.to(out_ptr.dtype.element_ty)),
+        out_ptr + (expert * N + columns)[:, None] * ROWS + rows[None, :],
+        tl.trans(x),
         mask=column_mask[:, None] & row_mask[None, :],
     )
 

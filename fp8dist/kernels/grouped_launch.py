@@ -18,7 +18,11 @@ _AMAX_TILE, _CAST_COLUMNS = (16, 512), 128
 
 
 def quantize_groups(
-    x: torch.Tensor, ends: torch.Tensor, rows: bool, float8_dtype: torch.dtype
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    rows: bool,
+    float8_dtype: torch.dtype,
+    factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `fp8dist::quantize_groups`, see `grouped`; x is not empty. One pass for the amaxes and
     one that casts in both orientations.
@@ -41,13 +45,15 @@ def quantize_groups(
     )
     amaxes = torch.zeros(m * rows + groups * n, dtype=torch.int32, device=device)
     row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
+    has_factor = factor is not None
+    factor = amaxes if factor is None else factor.contiguous()  # some pointer, which is not used
     bm, bn = _AMAX_TILE
     launch_kernel(
         kernels.group_amaxes_kernel,
         (chunks, cdiv(n, bn), 1),
-        (x, first, end, group, row_amaxes, column_amaxes),
+        (x, first, end, group, factor, row_amaxes, column_amaxes),
         (n, x.stride(0)),
-        (rows, CHUNK, bm, bn),
+        (rows, has_factor, CHUNK, bm, bn),
         num_warps=4,
     )
     data = torch.empty((m, n) if rows else (0, 0), dtype=float8_dtype, device=device)
@@ -57,30 +63,22 @@ def quantize_groups(
     launch_kernel(
         kernels.quantize_groups_kernel,
         (chunks, cdiv(n, _CAST_COLUMNS), 1),
-        (x, first, end, group, row_amaxes, column_amaxes, data, scale, t_data, t_scale),
+        (x, first, end, group, factor, row_amaxes, column_amaxes, data, scale, t_data, t_scale),
         (m, n, m_padded, groups, groups * n, x.stride(0)),
-        (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, CHUNK, _CAST_COLUMNS),
+        (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, has_factor, CHUNK, _CAST_COLUMNS),
         num_warps=4,
     )
     return data, scale, t_data, t_scale, new_ends
 
 
-def transpose_each(
-    data: torch.Tensor, inverse: torch.Tensor, rows: int, new_scale: torch.Tensor
-) -> torch.Tensor:
-    """The op `fp8dist::transpose_each`, of data scaled by rows, for given scales of columns.
-
-    Args:
-        data: (E * rows, N), float8, rows contiguous.
-        inverse: (E * rows, 1), 1 / the scales of the rows.
-        new_scale: (E, N).
-    """
+def transpose_each(data: torch.Tensor, rows: int) -> torch.Tensor:
+    """The op `fp8dist::transpose_each`: (E * rows, N), float8, to (E * N, rows)."""
     experts, n = data.size(0) // rows, data.size(1)
     out = torch.empty((experts * n, rows), dtype=data.dtype, device=data.device)
     launch_kernel(
         kernels.transpose_each_kernel,
         (cdiv(rows, 128), cdiv(n, 128), experts),
-        (data, inverse.contiguous(), new_scale.contiguous(), out),
+        (data, out),
         (rows, n, data.stride(0)),
         (128, 128),
         num_warps=4,

@@ -16,7 +16,7 @@ assert GROUP_MULTIPLE % _BK == 0, "a step is of one group"
 
 
 @functools.cache  # a launch needs five
-def _layout(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
+def layout_of(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
     """Matrices lie in shared memory as the tensor cores read them, vectors as they are."""
     row = block[-1] * element_size if len(block) > 1 else 0
     return NVMMASharedLayout(
@@ -24,9 +24,9 @@ def _layout(block: tuple[int, ...], element_size: int) -> NVMMASharedLayout:
     )
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """For the kernel to move blocks of x."""
-    return TensorDescriptor(*described(x), block, _layout(tuple(block), x.element_size()))
+    return TensorDescriptor(*described(x), block, layout_of(tuple(block), x.element_size()))
 
 
 @where_x_is
@@ -54,12 +54,12 @@ def outer_groups(
     programs = multiprocessors(a.device)
     # Not `launch_kernel`, which knows of tensors only.
     outer_kernel.outer_groups_kernel[(programs,)](
-        _descriptor(a, [_BM, _BK]),
-        _descriptor(b, [_BN, _BK]),
-        _descriptor(a_inverse, [_BM]),
-        _descriptor(b_inverse, [_BN]),
+        descriptor(a, [_BM, _BK]),
+        descriptor(b, [_BN, _BK]),
+        descriptor(a_inverse, [_BM]),
+        descriptor(b_inverse, [_BN]),
         ends.contiguous(),
-        _descriptor(out, [1, _BM // 2, _BN]),
+        descriptor(out, [1, _BM // 2, _BN]),
         n,
         k,
         groups,

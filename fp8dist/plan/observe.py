@@ -28,7 +28,7 @@ _OPERATIONS = {
 _READS_OF_GROUPS = {
     "fp8dist::pad_groups": 1,
     "fp8dist::quantize_groups": 2,
-    "fp8dist::transpose_each": 1,
+    "fp8dist::rescale_each": 1,
 }
 
 

@@ -52,7 +52,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fp8dist
 from fp8dist.config import RECIPES
-from fp8dist.experts import Float8Experts
+from fp8dist.experts import Float8Experts, factor_of, weight_operand
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
 from fp8dist.kernels import grouped
 from fp8dist.train.moe import MoE, MoEShape
@@ -167,29 +167,21 @@ def matmuls_alone(
         transposed_block=recipe.input_for_grad_weight,
         float8_dtype=recipe.input_dtype,
     )
+    for_output, for_grad_input = (weight_operand(w, rows, recipe) for rows in (False, True))
     grad_row, grad_column = cast(
         grad,
         block=recipe.grad_output,
         transposed_block=recipe.grad_output_for_grad_weight,
         float8_dtype=recipe.grad_output_dtype,
+        factor=factor_of(for_grad_input),
     )
-    by_rows = w.unpack(recipe.weight)
-    scales = w._scales_for_grad_input
-    by_columns = grouped.transpose_each(
-        by_rows,
-        w.rows,
-        recipe.weight_for_grad_input,
-        None if scales is None else scales[1],
-        recipe.scale_format,
-    )
-
     fast_accum = recipe.has_fast_accum
 
     def call() -> Results:
         return (
-            scaled_grouped_matmul(row, by_rows, ends, x.dtype, recipe, fast_accum=fast_accum),
+            scaled_grouped_matmul(row, for_output, ends, x.dtype, recipe, fast_accum=fast_accum),
             scaled_grouped_matmul(
-                grad_row, by_columns, ends, x.dtype, recipe, fast_accum=fast_accum
+                grad_row, for_grad_input, ends, x.dtype, recipe, fast_accum=fast_accum
             ),
             scaled_grouped_outer(grad_column, column, x.dtype, recipe, fast_accum=fast_accum),
         )

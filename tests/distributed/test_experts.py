@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8dist
 from fp8dist import Float8Config
-from fp8dist.config import COLUMN, RECIPES
+from fp8dist.config import RECIPES
 from fp8dist.experts import Float8Experts, Float8ShardedExperts
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_placement import quantized
@@ -125,7 +125,7 @@ def weight_of(shape: tuple[int, int, int]) -> torch.Tensor:
 def unsharded(
     mesh: tuple[int, ...], recipe: str, shapes: list[tuple[int, int, int]], dim: int
 ) -> list[Any]:
-    """(bytes, scales, those of columns or None, all by expert) of a weight of every shape."""
+    """(bytes, scales, both by expert) of a weight of every shape."""
     found = []
     for shape in shapes:
         root = nn.Module()
@@ -142,11 +142,10 @@ def unsharded(
             assert isinstance(weight, Float8Experts)
             assert (weight.dtype, weight.shape) == (torch.bfloat16, torch.Size(shape))
             data, scales, *_ = weight.unpack(RECIPES[recipe].weight)
-            columns = weight._scales_for_grad_input
+            assert weight._scales_for_grad_input is None  # of columns there are none
             found_here = (
                 data.contiguous().view(torch.uint8).cpu().view(shape).clone(),
                 scales.cpu().clone().view(shape[0], shape[1], -1),
-                None if columns is None else columns[1].cpu().clone(),
             )
             root.experts.reshard()
         found.append(found_here)
@@ -174,14 +173,11 @@ def test_any_placement(
 ) -> None:
     of = RECIPES[recipe]
     for results in run_on_ranks(math.prod(mesh), unsharded, mesh, recipe, shapes, dim):
-        for shape, (data, scales, columns) in zip(shapes, results, strict=True):
+        for shape, (data, scales) in zip(shapes, results, strict=True):
             for e, weight in enumerate(weight_of(shape)):
                 expected_data, expected_scales = quantized(weight, of.weight, of)
                 assert same_bits(data[e], expected_data)
                 assert same_bits(scales[e], expected_scales)
-                if of.weight_for_grad_input == COLUMN:
-                    _, of_columns = quantized(weight, COLUMN, of)
-                    assert same_bits(columns[e], of_columns[0])
 
 
 # --- the wire
@@ -227,8 +223,8 @@ def test_bytes_and_collectives(recipe: str, experts: int, world: int, dim: int) 
             assert gathers == expected
         assert others == []
         if recipe == "rowwise":
-            # Of each of 2 blocks' 3 weights a float per row and per column of each expert.
-            numel = 2 * experts * 3 * (DIM + HIDDEN)
+            # Of each of 2 blocks' 3 weights a float per row of each expert.
+            numel = 2 * experts * (2 * HIDDEN + DIM)
         else:
             # A byte per 32 elements, in words of four: rows of 64 are padded to 4, as those of 96.
             numel = 0 if packed else 2 * experts * (2 * HIDDEN + DIM)

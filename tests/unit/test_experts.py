@@ -229,13 +229,10 @@ def arrived(weight: torch.Tensor, recipe_name: str) -> Float8Experts:
     scaled = numerics.quantize(matrix, recipe.weight, recipe.weight_dtype, recipe.scale_format)
     config = Float8Config(recipe_name)
     if recipe.scale_format == "e8m0":
-        scales, others = numerics.scale_to_exponent(scaled.scale)[None], None
+        scales = numerics.scale_to_exponent(scaled.scale)[None]
     else:
         scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
-        amax = weight.abs().amax(1)
-        scale = numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format)
-        others = torch.stack([scale.reciprocal(), scale])
-    return Float8Experts(scaled.data, scales, weight.shape, weight.dtype, others, config)
+    return Float8Experts(scaled.data, scales, weight.shape, weight.dtype, config)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -8,7 +8,7 @@ import torch
 from fp8dist import grouped_numerics, hardware, kernels, numerics
 from fp8dist.config import COLUMN, RECIPES, ROW
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
-from fp8dist.grouped_numerics import ScaledGroups
+from fp8dist.grouped_numerics import ContractedRows, ScaledGroups
 from fp8dist.numerics import Scaled
 
 E4M3 = torch.float8_e4m3fn
@@ -48,6 +48,26 @@ def test_tokens_by_their_experts_weight(counts: list[int], dtype: torch.dtype) -
     assert found.equal(expected.to(dtype))
 
 
+def by_rows(b: Scaled) -> ContractedRows:
+    """b (E * A, B) with a factor and inverses, of which products of small integers are exact."""
+    generator = torch.Generator().manual_seed(2)
+    inverse = 2.0 ** torch.randint(-2, 3, (EXPERTS,), generator=generator)
+    return ContractedRows(b.data, torch.ones(EXPERTS, b.data.size(0) // EXPERTS), inverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 17], [0, 0, 0]], ids=str)
+def test_tokens_by_rows_of_their_experts_weight(counts: list[int], dtype: torch.dtype) -> None:
+    a, b = operand(sum(counts), N, 0), by_rows(operand(EXPERTS * N, K, 1))
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    found = scaled_grouped_matmul(a, b, ends, dtype, ROWWISE)
+    weights = b.data.double().view(EXPERTS, N, K) * b.inverse.double()[:, None, None]
+    parts = zip(value(a).split(counts), weights, strict=True)
+    expected = torch.cat([part @ weight for part, weight in parts])
+    assert found.dtype == dtype
+    assert found.equal(expected.to(dtype))
+
+
 @pytest.mark.parametrize("counts", [[5, 0, 12], [0, 0, 17], [0, 0, 0]], ids=str)
 def test_tokens_contracted(counts: list[int]) -> None:
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
@@ -65,25 +85,33 @@ def test_tokens_contracted(counts: list[int]) -> None:
 @pytest.mark.parametrize(
     ("fast_accum", "gluon", "expected"),
     [
-        (True, True, ["ours", "outer"]),
-        (True, False, ["ours", ("torch", True)]),
-        (False, True, [("torch", False), ("torch", False)]),
+        (True, True, ["ours", "rows", "outer"]),
+        (True, False, ["ours", "ours, transposed", ("torch", True)]),
+        (False, True, [("torch", False), ("torch, transposed", False), ("torch", False)]),
     ],
 )
 def test_whose_kernels_multiply(
     fast_accum: bool, gluon: bool, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a Hopper GPU, whose tensor cores sum fast: exact sums are torch's, and with a Triton whose
-    Gluon is not known grad_weight is.
+    Gluon is not known grad_weight is. Where rows are contracted these want a transpose.
     """
     called: list[Any] = []
 
-    def of_torch(*_: Any, use_fast_accum: bool, **__: Any) -> torch.Tensor:
-        called.append(("torch", use_fast_accum))
+    def note(name: str, b: torch.Tensor) -> str:
+        return f"{name}, transposed" if b.view(torch.uint8).equal(transposed) else name
+
+    def of_torch(_: Any, b: torch.Tensor, *__: Any, use_fast_accum: bool, **___: Any) -> Any:
+        b = b.transpose(1, 2).flatten(0, 1) if b.dim() == 3 else b
+        called.append((note("torch", b), use_fast_accum))
         return torch.zeros(2, 2)
 
-    def ours(*_: Any) -> torch.Tensor:
-        called.append("ours")
+    def ours(_: Any, b: torch.Tensor, *__: Any) -> torch.Tensor:
+        called.append(note("ours", b))
+        return torch.zeros(2, 2)
+
+    def rows(_: Any, b: torch.Tensor, *__: Any) -> torch.Tensor:
+        called.append(note("rows", b))
         return torch.zeros(2, 2)
 
     def outer(*_: Any) -> torch.Tensor:
@@ -96,11 +124,15 @@ def test_whose_kernels_multiply(
     monkeypatch.setattr(torch, "_scaled_grouped_mm", of_torch)
     ends = torch.tensor([5, 5, 17], dtype=torch.int32)
     a, b = operand(17, K, 0), operand(EXPERTS * N, K, 1)
+    c, d = operand(17, N, 2), by_rows(operand(EXPERTS * N, K, 3))
+    transposed = d.data.view(torch.uint8).view(EXPERTS, N, K).transpose(1, 2).flatten(0, 1)
     x, y = (groups(torch.randn(17, n), ends) for n in (N, K))
     with torch.library._scoped_library("fp8dist", "IMPL") as library:
         library.impl("scaled_grouped_mm", ours, "CPU")
+        library.impl("scaled_grouped_mm_rows", rows, "CPU")
         library.impl("scaled_grouped_outer", outer, "CPU")
         scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
+        scaled_grouped_matmul(c, d, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
         scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
     assert called == expected
 
@@ -117,6 +149,15 @@ def test_on_a_gpu_as_dequantized(counts: list[int], fast_accum: bool) -> None:
     found, expected = (
         scaled_grouped_matmul(
             a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum, emulate=emulate
+        )
+        for emulate in (False, True)
+    )
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    c = numerics.quantize(torch.randn(sum(counts), N).cuda(), ROW, E4M3, "power_of_2")
+    d = grouped_numerics.contracted_rows(b, EXPERTS)
+    found, expected = (
+        scaled_grouped_matmul(
+            c, d, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum, emulate=emulate
         )
         for emulate in (False, True)
     )

@@ -6,6 +6,7 @@ import torch
 from fp8dist import grouped_numerics, numerics
 from fp8dist.config import COLUMN, RECIPES, ROW, Block
 from fp8dist.kernels import grouped
+from fp8dist.numerics import Scaled
 
 E4M3 = torch.float8_e4m3fn
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -63,18 +64,55 @@ def test_tokens(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", ["rowwise", "mxfp8_rceil"])
-@pytest.mark.parametrize("size", [(64, 96), (160, 256)], ids=str)
-def test_transposing_each(recipe: str, size: tuple[int, int], device: str) -> None:
+@pytest.mark.parametrize("counts", COUNTS, ids=lambda c: str(c)[:20])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tokens_times_a_factor(counts: list[int], wanted: bool, device: str) -> None:
+    """Rows are cast of the product, columns of the tokens themselves."""
+    x = tokens(sum(counts) + 7, 96, torch.bfloat16, device)  # 7 rows of no group
+    ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
+    exponents = torch.randint(-30, 1, (len(counts), 96), generator=torch.Generator().manual_seed(0))
+    factor = (2.0**exponents).to(device)
+    column = COLUMN if wanted else None
+    scaled, groups = grouped.quantize_tokens(x, ends, ROW, column, E4M3, "power_of_2", factor)
+    m = sum(counts)
+    product = x[:m].float() * factor.repeat_interleave(torch.tensor(counts, device=device), 0)
+    expected = numerics.quantize(product, ROW, E4M3, "power_of_2")
+    assert scaled.data[:m].view(torch.uint8).equal(expected.data.view(torch.uint8))
+    assert scaled.scale[:m].equal(expected.scale)
+    assert (groups is not None) == wanted
+    if groups is not None:
+        of = grouped_numerics.quantize_groups(x, ends, COLUMN, E4M3, "power_of_2")
+        assert (
+            groups.data.contiguous().view(torch.uint8).equal(of.data.contiguous().view(torch.uint8))
+        )
+        assert groups.scale.equal(of.scale)
+
+
+def stacked(size: tuple[int, int], recipe: str, device: str) -> Scaled:
     of, (n, k) = RECIPES[recipe], size
     w = tokens(3 * n, k, torch.float32, device)
-    scaled = numerics.quantize(w, of.weight, E4M3, of.scale_format)
-    new_scale = None
-    if of.weight_for_grad_input == COLUMN:
-        amaxes = w.view(3, n, k).abs().amax(1)
-        new_scale = numerics.amax_to_scale(amaxes, E4M3, of.scale_format)
-    arguments = (scaled, n, of.weight_for_grad_input, new_scale, of.scale_format)
-    found, expected = (module.transpose_each(*arguments) for module in (grouped, grouped_numerics))
+    return numerics.quantize(w, of.weight, E4M3, of.scale_format)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(64, 96), (160, 256)], ids=str)
+def test_transposing_each(size: tuple[int, int], device: str) -> None:
+    scaled, (n, k) = stacked(size, "rowwise", device), size
+    rows = grouped_numerics.contracted_rows(scaled, 3)
+    found = grouped.transposed(rows)
+    expected = scaled.data.view(torch.uint8).view(3, n, k).transpose(1, 2).reshape(3 * k, n)
+    assert found.data.view(torch.uint8).equal(expected)
+    assert found.scale.reciprocal().equal(rows.inverse.repeat_interleave(k)[:, None])
+    assert found.inverse.equal(found.scale.reciprocal())
+    assert found.block == ROW
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(64, 96), (160, 256)], ids=str)
+def test_rescaling_each(size: tuple[int, int], device: str) -> None:
+    of, scaled = RECIPES["mxfp8_rceil"], stacked(size, "mxfp8_rceil", device)
+    arguments = (scaled, size[0], of.weight_for_grad_input, of.scale_format)
+    found, expected = (module.rescale_each(*arguments) for module in (grouped, grouped_numerics))
     assert (
         found.data.contiguous()
         .view(torch.uint8)

@@ -42,16 +42,25 @@ def test_quantize_groups(counts: list[int], rows: bool) -> None:
         assert scale.equal(torch.stack([of_rows.scale.reciprocal(), of_rows.scale]))
 
 
+def test_quantize_groups_times_a_factor() -> None:
+    counts = [1000, 0, 3, 2045]
+    x = torch.randn(sum(counts), 1040, device="cuda").bfloat16()
+    ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
+    factor = 2.0 ** torch.randint(-30, 1, (4, 1040), device="cuda")
+    data, scale, t_data, _, _ = grouped_launch.quantize_groups(x, ends, True, E4M3, factor)
+    product = grouped_numerics.by_factor(x, ends, factor)
+    of_rows = numerics.quantize(product, ROW, E4M3, "power_of_2")
+    assert bytes_of(data).equal(bytes_of(of_rows.data))
+    assert scale.equal(torch.stack([of_rows.scale.reciprocal(), of_rows.scale]))
+    of = grouped_numerics.quantize_groups(x, ends, COLUMN, E4M3, "power_of_2")
+    assert bytes_of(t_data).equal(bytes_of(of.data))
+
+
 def test_transpose_each() -> None:
     rows, n = 784, 1040
-    w = torch.randn(5 * rows, n, device="cuda") * torch.logspace(-3, 3, n, device="cuda")
-    of_rows = numerics.quantize(w, ROW, E4M3, "power_of_2")
-    amaxes = w.unflatten(0, (5, rows)).abs().amax(1)
-    new_scale = numerics.amax_to_scale(amaxes, E4M3, "power_of_2")
-    inverse = of_rows.scale.reciprocal()
-    found = grouped_launch.transpose_each(of_rows.data, inverse, rows, new_scale)
-    of = grouped_numerics.transpose_each(of_rows, rows, COLUMN, new_scale, "power_of_2")
-    assert bytes_of(found).equal(bytes_of(of.data))
+    w = torch.randint(256, (5 * rows, n), device="cuda", dtype=torch.uint8)
+    found = grouped_launch.transpose_each(w.view(E4M3), rows)
+    assert bytes_of(found).equal(w.view(5, rows, n).transpose(1, 2).reshape(5 * n, rows))
 
 
 def multiplied(a: Scaled, b: Scaled, ends: torch.Tensor) -> torch.Tensor:
@@ -116,7 +125,7 @@ ends = torch.tensor({ends}, device="cuda", dtype=torch.int32)
 torch.cuda.synchronize()
 """
 _CALLS = {
-    "cast": "torch.ops.fp8dist.quantize_groups(x, ends, True, a.dtype)",
+    "cast": "torch.ops.fp8dist.quantize_groups(x, ends, True, a.dtype, None)",
     "multiply": "torch.ops.fp8dist.scaled_grouped_mm(a, a, inverse, inverse, ends)",
 }
 

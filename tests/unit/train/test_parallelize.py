@@ -52,6 +52,10 @@ def zeros_of_tokens(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> 
     return torch.zeros(a.size(0), b.size(0) // others[-1].numel(), dtype=torch.bfloat16)
 
 
+def zeros_of_rows(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(a.size(0), b.size(1), dtype=torch.bfloat16)
+
+
 def zeros_of_experts(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     return torch.zeros(others[-1].numel(), a.size(0), b.size(0), dtype=torch.bfloat16)
 
@@ -101,7 +105,11 @@ def test_no_matmul_is_done_twice(
         (
             "rowwise",
             "H200",
-            {"fp8dist::scaled_grouped_mm": 6, "fp8dist::scaled_grouped_outer": 3},
+            {
+                "fp8dist::scaled_grouped_mm": 3,
+                "fp8dist::scaled_grouped_mm_rows": 3,
+                "fp8dist::scaled_grouped_outer": 3,
+            },
         ),
         ("rowwise", "B200", {"aten::_scaled_grouped_mm": 9}),
         ("mxfp8_rceil", "", {"fp8dist::grouped_mm": 9}),
@@ -113,7 +121,7 @@ def test_no_matmul_of_experts_is_done_twice(
 ) -> None:
     """Three grouped matmuls, each with two of its backward."""
     monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: bool(gpu))
-    for ours in "multiplies_groups", "multiplies_outer":
+    for ours in "multiplies_groups", "multiplies_in_gluon":
         monkeypatch.setattr(grouped, ours, lambda a: gpu == "H200")
     model = nn.Module()
     model.experts = StackedExperts()
@@ -126,6 +134,7 @@ def test_no_matmul_of_experts_is_done_twice(
     ):
         torchs.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
         fp8dists.impl("scaled_grouped_mm", zeros_of_tokens, "CPU")
+        fp8dists.impl("scaled_grouped_mm_rows", zeros_of_rows, "CPU")
         fp8dists.impl("scaled_grouped_outer", zeros_of_experts, "CPU")
         found = matmuls_of(model.experts, x, tokens)
     assert {op: found[op] for op in expected} == expected
