@@ -126,9 +126,9 @@ def quantize_groups_kernel(
     """Cast x (M, N), times its group's factor (GROUPS, N) if there is one, by the scales of its
     rows to data (M, N), and x by those of the columns of each group to t_data (N, M_PADDED), its
     transpose; the scales go to (M,) and (GROUPS, N), SCALES in number. A program takes BN columns
-    of a chunk.
+    of a chunk, the last first: those are in the cache, where amaxes have been found.
     """
-    chunk, pid_n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunk, pid_n = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
     first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
     columns = pid_n * BN + tl.arange(0, BN)
     rows = first.to(tl.int64) + tl.arange(0, CHUNK)

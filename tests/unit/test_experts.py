@@ -40,8 +40,9 @@ def float8_parameter(weight: torch.Tensor, recipe: str) -> nn.Parameter:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same products, summed in float32 in another order: their last bits (2^-24) differ."""
-    atol = 2e-6 * expected.abs().max().item()
+    """The same products, but for elements that are subnormal in one: by rows or columns of a weight
+    they are rounded to steps of 2^-9 at other magnitudes, 2^-18 of the largest that there are."""
+    atol = 2**-16 * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
