@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import Library, register_fake
 
-from fp8dist import hardware, numerics
+from fp8dist import hardware, mx_grouped_matmul, numerics
 from fp8dist.config import Recipe
 from fp8dist.grouped_numerics import ContractedRows, ScaledGroups, dequantize_groups
 from fp8dist.kernels import grouped
@@ -73,6 +73,8 @@ def scaled_grouped_matmul(
             output = torch.ops.fp8dist.scaled_grouped_mm_rows(*operands, ends)
             return output.to(output_dtype)
         b = grouped.transposed(b, after)
+    if recipe.scale_format == "e8m0":
+        return mx_grouped_matmul.tokens_by_weights(a, b, ends).to(output_dtype)
     inverses = _inverse(a).flatten(), _inverse(b).flatten()
     if fast_accum and grouped.multiplies_groups(a.data):
         output = torch.ops.fp8dist.scaled_grouped_mm(a.data, b.data, *inverses, ends)
@@ -111,6 +113,8 @@ def scaled_grouped_outer(
         # Rows in memory, as torch's grouped matmul wants operands.
         a_hp, b_hp = a_hp.contiguous(), b_hp.contiguous()
         return torch.ops.fp8dist.grouped_mm(a_hp, b_hp.t(), a.ends).to(output_dtype)
+    if recipe.scale_format == "e8m0":
+        return mx_grouped_matmul.outer(a, b).to(output_dtype)
     inverses = _inverse(a).flatten(), _inverse(b).flatten()
     if fast_accum and grouped.multiplies_in_gluon(a.data):
         output = torch.ops.fp8dist.scaled_grouped_outer(a.data, b.data, *inverses, a.ends)

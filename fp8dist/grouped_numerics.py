@@ -74,6 +74,18 @@ def pad_groups(x: torch.Tensor, ends: torch.Tensor, multiple: int) -> torch.Tens
     return torch.where(exists[:, None], x[source.clamp(max=x.size(0) - 1)], 0)
 
 
+def unpad_groups(x: torch.Tensor, ends: torch.Tensor, multiple: int, rows: int) -> torch.Tensor:
+    """(rows, N): of x as `pad_groups` returns it the rows that it was given. What it returns for
+    those of no group is undefined.
+    """
+    first, new_first = (
+        torch.cat([e.new_zeros(1), e[:-1]]) for e in (ends, padded_ends(ends, multiple))
+    )
+    shift = (new_first - first)[group_of_rows(ends, rows)]
+    row = torch.arange(rows, device=x.device) + shift
+    return x[row.clamp(max=x.size(0) - 1)]
+
+
 def quantize_groups(
     x: torch.Tensor,
     ends: torch.Tensor,

@@ -46,9 +46,22 @@ def has_matmul(device: torch.device, recipe: Recipe) -> bool:
 
 def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
     """Whether `torch._scaled_grouped_mm` runs the recipe on the device."""
-    if recipe.weight != ROW or not has_matmul(device, recipe):
+    if not has_matmul(device, recipe):
         return False
-    return _capability(_index(device)) in ((9, 0), (10, 0))
+    major, minor = _capability(_index(device))
+    if recipe.scale_format == "e8m0":
+        return major == 10 and _torchao_arranges_scales()  # 10.3 too, as torchao has it
+    return recipe.weight == ROW and (major, minor) in ((9, 0), (10, 0))
+
+
+@functools.cache
+def _torchao_arranges_scales() -> bool:
+    """Whether torchao has the kernels of its MX prototypes, which may move or change."""
+    try:
+        from torchao.prototype.moe_training.kernels import mxfp8
+    except ImportError:
+        return False
+    return hasattr(mxfp8, "triton_mx_block_rearrange_2d_K_groups")
 
 
 def has_hopper_units(device: torch.device) -> bool:

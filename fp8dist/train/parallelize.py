@@ -43,6 +43,7 @@ KEPT_OPS = {
     torch.ops.aten._scaled_grouped_mm.default,
     torch.ops.fp8dist.scaled_grouped_mm.default,
     torch.ops.fp8dist.scaled_grouped_mm_rows.default,
+    torch.ops.fp8dist.mx_grouped_mm.default,
     torch.ops.fp8dist.grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -1,6 +1,7 @@
 """What counts as hardware with float8 matmuls, and what is said where there is none."""
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +87,42 @@ def test_every_recipe_has_its_hardware(
         if hardware.has_matmul(torch.device("cuda", i), RECIPES[name])
     }
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("rowwise", {(9, 0), (10, 0)}), ("mxfp8_rceil", {(10, 0), (10, 3)})]
+)
+@pytest.mark.parametrize("torchao", [True, False])
+def test_grouped_matmuls(
+    capability: dict[int, tuple[int, int]],
+    name: str,
+    expected: set[tuple[int, int]],
+    torchao: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MXFP8's scales are arranged by torchao."""
+    all_of_them = [(8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+    capability |= dict(enumerate(all_of_them))
+    monkeypatch.setattr(hardware, "_torchao_arranges_scales", lambda: torchao)
+    found = {
+        one
+        for i, one in enumerate(all_of_them)
+        if hardware.has_grouped_matmul(torch.device("cuda", i), RECIPES[name])
+    }
+    assert found == (expected if torchao or name == "rowwise" else set())
+
+
+def test_torchao_is_asked_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prototypes may change, or move."""
+    from torchao.prototype.moe_training.kernels import mxfp8
+
+    arranges = hardware._torchao_arranges_scales.__wrapped__
+    assert arranges()
+    with monkeypatch.context() as changed:
+        changed.delattr(mxfp8, "triton_mx_block_rearrange_2d_K_groups")
+        assert not arranges()
+    monkeypatch.setitem(sys.modules, "torchao.prototype.moe_training.kernels", None)
+    assert not arranges()
 
 
 def test_each_device_is_asked(capability: dict[int, tuple[int, int]]) -> None:

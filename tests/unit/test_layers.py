@@ -22,6 +22,7 @@ LAYERS = [
     "async_tp",
     "kernels",
     "matmul",
+    "mx_grouped_matmul",
     "grouped_matmul",
     "precompute",
     "tensors",
