@@ -26,10 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # follow each other in shared memory, and not in the same banks, the descriptor has rows 4 t + q in
 # the order of q.
 
-# What was fastest on an H200: tokens and columns of a tile, how many rows are contracted at once,
-# twice in a step, and how many steps are in shared memory, as many as fit.
-BM, BN, BK, STAGES = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.constexpr(4)
-HALF_BN = gl.constexpr(128)
+# What was fastest on an H200: tokens and columns of a tile, how many rows a step contracts, half by
+# half, and how many steps are in shared memory, as many as fit.
+BM, BN, BK, STAGES = gl.constexpr(128), gl.constexpr(256), gl.constexpr(128), gl.constexpr(4)
+HALF_BN, HALF_BK = gl.constexpr(128), gl.constexpr(64)
 
 
 @gluon.jit
@@ -71,7 +71,7 @@ def _load(shared, PROGRAMS: gl.constexpr, BG: gl.constexpr):
     a_desc, b_desc, a_inverse_ptr, b_inverse_ptr, ends_ptr, sizes, places, ready, free = shared
     M, N, K, GROUPS = sizes
     a_places, b_places, inverse_places = places
-    tiles_n, steps = gl.cdiv(N, BN), gl.cdiv(K, 2 * BK)
+    tiles_n, steps = gl.cdiv(N, BN), gl.cdiv(K, BK)
     table = _table(ends_ptr, GROUPS, tiles_n, BG)
     groups, starts, ends, tiles, after = table
     in_order = (starts <= ends) & (ends <= M)
@@ -96,22 +96,20 @@ def _load(shared, PROGRAMS: gl.constexpr, BG: gl.constexpr):
             mbarrier.wait(free.index(place), (count // STAGES & 1) ^ 1)  # at first it is free
             if step == steps - 1:
                 inverse_places.index(place).store(inverse)
-            mbarrier.expect(arrived, 2 * (BM + BN) * BK)
-            for i in gl.static_range(2):
-                k = step * 2 * BK + i * BK
-                a_place = a_places.index(place * 2 + i)
-                tma.async_copy_global_to_shared(a_desc, [row, k], arrived, a_place)
-                for half in gl.static_range(2):
-                    at = [group, k // 16, 0, 0, (column + half * HALF_BN) // 2]
-                    b_place = b_places.index(place * 4 + i * 2 + half)
-                    tma.async_copy_global_to_shared(b_desc, at, arrived, b_place)
+            mbarrier.expect(arrived, (BM + BN) * BK)
+            k = step * BK
+            tma.async_copy_global_to_shared(a_desc, [row, k], arrived, a_places.index(place))
+            for half in gl.static_range(2):
+                at = [group, k // 16, 0, 0, (column + half * HALF_BN) // 2]
+                b_place = b_places.index(place * 2 + half)
+                tma.async_copy_global_to_shared(b_desc, at, arrived, b_place)
             count += 1
 
 
 @gluon.jit
 def _transposed(b):
-    """b, BK rows of HALF_BN columns, in registers as (HALF_BN, BK), even columns of 16 first; see
-    [Note: transposed on the way].
+    """b, HALF_BK rows of HALF_BN columns, in registers as (HALF_BN, HALF_BK), even columns of 16
+    first; see [Note: transposed on the way].
     """
     layout: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[
@@ -130,9 +128,9 @@ def _transposed(b):
         ],
         warp_bases=[[0, 0, 0, 0, 8], [0, 0, 0, 0, 16]],
         block_bases=[],
-        shape=[1, BK // 16, 4, 4, HALF_BN // 2],
+        shape=[1, HALF_BK // 16, 4, 4, HALF_BN // 2],
     )
-    pairs = b.load(layout).permute((4, 0, 1, 3, 2)).reshape([HALF_BN // 2, BK])
+    pairs = b.load(layout).permute((4, 0, 1, 3, 2)).reshape([HALF_BN // 2, HALF_BK])
     even, odd = gl.inline_asm_elementwise(
         "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;",
         "=&r,=r,r,r",
@@ -141,8 +139,8 @@ def _transposed(b):
         is_pure=True,
         pack=4,
     )
-    both = gl.join(even, odd).reshape([HALF_BN // 16, 8, BK, 2]).permute((0, 3, 1, 2))
-    return both.reshape([HALF_BN, BK]).to(gl.float8e4nv, bitcast=True)
+    both = gl.join(even, odd).reshape([HALF_BN // 16, 8, HALF_BK, 2]).permute((0, 3, 1, 2))
+    return both.reshape([HALF_BN, HALF_BK]).to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
@@ -151,7 +149,7 @@ def _multiply(shared, HALF: gl.constexpr, PROGRAMS: gl.constexpr, BG: gl.constex
     out_ptr, ends_ptr, sizes, places, ready, free = shared
     M, N, K, GROUPS = sizes
     a_places, b_places, inverse_places = places
-    tiles_n, steps = gl.cdiv(N, BN), gl.cdiv(K, 2 * BK)
+    tiles_n, steps = gl.cdiv(N, BN), gl.cdiv(K, BK)
     table = _table(ends_ptr, GROUPS, tiles_n, BG)
     groups, starts, ends, tiles, after = table
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -168,10 +166,12 @@ def _multiply(shared, HALF: gl.constexpr, PROGRAMS: gl.constexpr, BG: gl.constex
             # What comes second is loaded into registers while the first is multiplied. ptxas lets
             # nothing be multiplied across the end of a loop that has operands in registers.
             for i in gl.static_range(2):
-                b = _transposed(b_places.index(place * 4 + i * 2 + HALF))
+                b_place = b_places.index(place * 2 + HALF)
+                b = _transposed(b_place.slice(i * HALF_BK // 16, HALF_BK // 16, dim=1))
+                a = a_places.index(place).slice(i * HALF_BK, HALF_BK, dim=1)
                 sums = warpgroup_mma(
                     gl.convert_layout(b, gl.DotOperandLayout(0, layout, 4)),
-                    a_places.index(place * 2 + i).permute((1, 0)),
+                    a.permute((1, 0)),
                     sums,
                     use_acc=step + i > 0,
                     is_async=True,
@@ -219,9 +219,9 @@ def multiply_rows_kernel(
     """
     sizes = (M, N, K, GROUPS)
     places = (
-        gl.allocate_shared_memory(a_desc.dtype, [STAGES * 2, BM, BK], a_desc.layout),
+        gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout),
         gl.allocate_shared_memory(
-            b_desc.dtype, [STAGES * 4, 1, BK // 16, 4, 4, HALF_BN // 2], b_desc.layout
+            b_desc.dtype, [STAGES * 2, 1, BK // 16, 4, 4, HALF_BN // 2], b_desc.layout
         ),
         gl.allocate_shared_memory(
             gl.float32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
