@@ -129,6 +129,8 @@ def dequantize_groups(x: ScaledGroups) -> torch.Tensor:
 # Then what arrived is the operand as it is. To scale the weight by columns instead would move the
 # exponents of its own elements as far; either is exact but for elements that become subnormal. No
 # other scales are needed, so no amaxes of columns, and on Hopper no transpose (`rows_kernel`).
+# Where amaxes of rows are more than 2^15 apart, what quiet rows contribute loses precision in all
+# columns; scaled by columns it would in those of the loud elements.
 # Factors are relative to the largest of their expert, so that tokens become no larger, and tiny
 # ones do not come near the amax at which scales end.
 

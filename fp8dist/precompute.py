@@ -91,14 +91,15 @@ class Shard:
         """The blocks whose amaxes are exchanged between ranks.
 
         Blocks for which the backward operand is scaled are among them, as what arrives cannot
-        tell the amaxes of the high-precision weight. In e8m0 there is one scale per 32 elements,
+        tell the amaxes of the high-precision weight; not those of experts, see [Note: rows that are
+        contracted] in `grouped_numerics`. In e8m0 there is one scale per 32 elements,
         too many to send two sets of: there the backward operand is scaled by what arrived, and
         what is exchanged, unless it is packed, are exponents.
         """
         recipe = self.recipe
         if recipe.scale_format == "e8m0":
             return []
-        if recipe.weight == recipe.weight_for_grad_input:
+        if self.experts is not None or recipe.weight == recipe.weight_for_grad_input:
             return [recipe.weight]
         return [recipe.weight, recipe.weight_for_grad_input]
 
@@ -119,23 +120,18 @@ class Shard:
         scales = self.largest[1] // self.recipe.weight[1]
         return self.whole[0], self.whole[1] // self.largest[1], -(-scales // 4)
 
-    @property
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """Rows of the shard, by expert: (the first of them in data, in the weight, how many)."""
-        if self.experts is None:
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Rows that lie together in the shard and in the weight: (the first of them in data, in the
+        weight, how many).
+        """
+        if self.experts is None or self.experts[0] == self.experts[1]:
             return [(0, self.start[0], self.data.size(0))]
         rows, count = self.experts
         first, row = divmod(self.start[0], rows)
         return [
             (i * count, (first + i) * rows + row, count) for i in range(self.data.size(0) // count)
         ]
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """`pieces`, in one where they lie together in the weight too."""
-        if self.experts is None or self.experts[0] == self.experts[1]:
-            return [(0, self.start[0], self.data.size(0))]
-        return self.pieces
 
     def of_part(self, per_block: torch.Tensor, block: Block) -> torch.Tensor:
         """What belongs to the part, a view, of a tensor with an element per block of the weight."""

@@ -14,7 +14,7 @@ from fp8dist.kernels.ops import has_kernels, in_kernels, launch
 from fp8dist.numerics import Scaled, wanted
 
 HAS_GLUON = False
-"""Whether there is a Triton whose Gluon, which is experimental, is as `outer_kernel` has it."""
+"""Whether there is a Triton whose Gluon, which is experimental, is as the kernels here have it."""
 
 if launch is not None:
     import triton
@@ -44,12 +44,7 @@ _library.define(
     "str scale_format, Tensor? after) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
-    "scaled_grouped_mm_rows(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _name in "scaled_grouped_mm", "scaled_grouped_outer":
+for _name in "scaled_grouped_mm", "scaled_grouped_mm_rows", "scaled_grouped_outer":
     _library.define(
         f"{_name}(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, Tensor ends) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
@@ -217,15 +212,15 @@ def quantize_tokens(
 
     factor: that of `grouped_numerics.ContractedRows`, if that is what x (M, K) is multiplied by.
     """
-    if transposed_block == COLUMN:
+    # With a factor also where columns are not wanted: their bytes are fewer than those of products.
+    if transposed_block == COLUMN or factor is not None:
         data, scales, t_data, t_scales, padded_ends = torch.ops.fp8dist.quantize_groups.default(
             x, ends, block is not None, float8_dtype, factor
         )
         scaled = None if block is None else Scaled(data, scales[1], block, scales[0])
         groups = ScaledGroups(t_data, t_scales[1], padded_ends, WHOLE, t_scales[0])
-        return scaled, groups
-    by_rows = x if factor is None else grouped_numerics.by_factor(x, ends, factor)
-    scaled, _ = kernels.quantize_both(by_rows, block, None, float8_dtype, scale_format)
+        return scaled, None if transposed_block is None else groups
+    scaled, _ = kernels.quantize_both(x, block, None, float8_dtype, scale_format)
     if transposed_block is None:
         return scaled, None
     padded, padded_ends = torch.ops.fp8dist.pad_groups.default(x, ends, GROUP_MULTIPLE)

@@ -211,11 +211,12 @@ def multiply_rows_kernel(
     `grouped_kernels`, [Note: loader and multipliers] in `outer_kernel` and [Note: transposed on the
     way].
 
-    Sums are accumulated as the tensor cores do it ("fast"). PROGRAMS are launched, of four warps;
-    eight more, and the loader, are added here. BG: a power of two, 32 at least, and GROUPS at
-    least. The descriptors are of blocks BM x BK, and of 1 x BK / 16 x 4 x 4 x HALF_BN / 2 of b as
-    (GROUPS, K / 16, 4, 4, N / 2) elements of two bytes, whose second and third dimension from the
-    end are exchanged; what goes over the edge is read as 0.
+    Sums are accumulated as the tensor cores do it ("fast"). PROGRAMS are launched, of four warps,
+    the first half's; those of the other half and of the loader are added here. BG: a power of two,
+    32 at least, and GROUPS at least. The descriptors are of blocks BM x BK, and of
+    1 x BK / 16 x 4 x 4 x HALF_BN / 2 of b as (GROUPS, K / 16, 4, 4, N / 2) elements of two bytes,
+    whose second and third dimension from the end are exchanged; what goes over the edge is read
+    as 0.
     """
     sizes = (M, N, K, GROUPS)
     places = (

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fp8dist import precompute
-from fp8dist.config import ROW, Recipe
+from fp8dist.config import Recipe
 from fp8dist.precompute import Size
 
 # [Note: parts]
@@ -145,8 +144,6 @@ def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) 
     experts, rows, columns = local
     _check_columns(param.shape, columns, recipe, fqn)
     of_expert = param.shape[1]
-    if recipe.weight == ROW:  # see [Note: rows that are contracted] in `grouped_numerics`
-        recipe = replace(recipe, weight_for_grad_input=ROW)
     return precompute.Shard(
         as_matrix(param._local_tensor._tensor),  # type: ignore[attr-defined]
         matrix_size(param.shape),

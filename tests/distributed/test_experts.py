@@ -286,9 +286,8 @@ def in_one_process(
 def test_as_in_one_process(recipe: str, mesh: tuple[int, ...], dim: int, kind: Any) -> None:
     world = math.prod(mesh)
     expected = in_one_process(recipe, world, kind)
-    # What is derived from the arrived operand differs by a few subnormal elements: of these
-    # weights by none. Gradients are averaged in another order (2^-24). On a GPU products are summed
-    # in an order that depends on their number, and float8 rounds what differs.
+    # Operands are the same. Gradients are averaged in another order (2^-24). On a GPU products are
+    # summed in an order that depends on their number, and float8 rounds what differs.
     tolerance = 1e-6 if DEVICE == "cpu" else 0.02
     results = run_on_ranks(world, step_by_step, recipe, mesh, dim, kind)
     for rank, found in enumerate(results):

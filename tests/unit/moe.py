@@ -1,12 +1,15 @@
 """Experts as models write them, and what one plain float8 layer per expert makes of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fp8dist import Float8Config
+from fp8dist import Float8Config, numerics
+from fp8dist.config import RECIPES
+from fp8dist.experts import Float8Experts
 from fp8dist.linear import Float8Linear
 
 EXPERTS, DIM, HIDDEN = 4, 64, 96
@@ -48,6 +51,33 @@ class FusedExperts(nn.Module):
         h = F.grouped_mm(x.to(weight.dtype), weight, offs=offs) + bias.to(weight.dtype)
         gate, up = h.chunk(2, dim=-1)
         return F.grouped_mm(F.silu(gate) * up, self.down_proj, offs=offs).to(x.dtype)
+
+
+def arrived(weight: torch.Tensor, recipe_name: str) -> Float8Experts:
+    """What FSDP2's hook makes, of a weight (E, R, C)."""
+    recipe = RECIPES[recipe_name]
+    matrix = weight.flatten(0, 1)
+    scaled = numerics.quantize(matrix, recipe.weight, recipe.weight_dtype, recipe.scale_format)
+    config = Float8Config(recipe_name)
+    if recipe.scale_format == "e8m0":
+        scales = numerics.scale_to_exponent(scaled.scale)[None]
+    else:
+        scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
+    return Float8Experts(scaled.data, scales, weight.shape, weight.dtype, config)
+
+
+def zeros_of_groups(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    offs: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    """In the place of `torch._scaled_grouped_mm`."""
+    size = (a.size(0), b.size(2)) if b.dim() == 3 else (offs.numel(), a.size(0), b.size(1))
+    return torch.zeros(size, dtype=torch.bfloat16)
 
 
 class Model(nn.Module):

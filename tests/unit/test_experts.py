@@ -18,6 +18,7 @@ from tests.unit.moe import (
     HIDDEN,
     FusedExperts,
     StackedExperts,
+    arrived,
     new_model,
     one_linear_per_expert,
     tokens,
@@ -39,10 +40,11 @@ def float8_parameter(weight: torch.Tensor, recipe: str) -> nn.Parameter:
     return nn.Parameter(Float8ShardedExperts(weight, Float8Config(recipe), "weight"))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same products, but for elements that are subnormal in one: by rows or columns of a weight
-    they are rounded to steps of 2^-9 at other magnitudes, 2^-18 of the largest that there are."""
-    atol = 2**-16 * expected.abs().max().item()
+def close(found: torch.Tensor, expected: torch.Tensor, rows_contracted: bool = False) -> None:
+    """The same products, summed in float32 in another order: their last bits (2^-24) differ. Where
+    rows are contracted, elements of either operand are subnormal at other magnitudes: rounded to
+    steps of 2^-9, where the largest are 2^8."""
+    atol = (2**-17 if rows_contracted else 2e-6) * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -62,8 +64,10 @@ def test_one_float8_layer_per_expert(recipe: str, counts: list[int], stored: str
     output.backward(grad)
     grad_weight = parameter.grad if stored == "E, N, K" else parameter.grad.transpose(1, 2)
     expected = one_linear_per_expert(x, weight, counts, recipe, grad)
-    for found, of_linears in zip((output, leaf.grad, grad_weight), expected, strict=True):
-        close(found.detach(), of_linears)
+    by_rows = recipe == "rowwise"
+    close(output.detach(), expected[0], by_rows and stored == "E, K, N")
+    close(leaf.grad, expected[1], by_rows and stored == "E, N, K")
+    close(grad_weight, expected[2])
     assert type(parameter.grad) is torch.Tensor
 
 
@@ -106,7 +110,7 @@ def test_top_k_and_rows_of_no_expert() -> None:
     expected = one_linear_per_expert(
         torch.cat([base, base]), weight.transpose(1, 2), counts, "rowwise", grad[:16]
     )
-    close(output[:16].detach(), expected[0])
+    close(output[:16].detach(), expected[0], rows_contracted=True)
     close(x.grad[:16], expected[1])
     close(parameter.grad.transpose(1, 2), expected[2])
 
@@ -120,7 +124,7 @@ def test_batched_tokens_without_offsets() -> None:
     output.backward(grad.unflatten(0, (EXPERTS, -1)))
     expected = one_linear_per_expert(x, weight, [24] * EXPERTS, "rowwise", grad)
     close(output.detach().flatten(0, 1), expected[0])
-    close(batched.grad.flatten(0, 1), expected[1])
+    close(batched.grad.flatten(0, 1), expected[1], rows_contracted=True)
     close(parameter.grad, expected[2])
 
 
@@ -189,7 +193,8 @@ def test_rowwise_against_torchao() -> None:
         (parameter.grad[used], their_weight.grad[used]),
     ]
     for mine, other in pairs:
-        # The same bytes, and products rounded once: a last bit of bfloat16 (2^-8) at most.
+        # Products rounded once: a last bit of bfloat16 (2^-8) at most, of the same bytes or, in
+        # grad_input, but for subnormal elements, which change less (2^-17, see `close`).
         bound = 2**-8 * other.abs().max().item()
         torch.testing.assert_close(mine.detach(), other.detach(), rtol=0, atol=bound)
     assert parameter.grad[2].count_nonzero() == 0
@@ -221,19 +226,6 @@ def test_each_matmul_gets_its_accumulation(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # --- weights that arrived in float8
-
-
-def arrived(weight: torch.Tensor, recipe_name: str) -> Float8Experts:
-    """What FSDP2's hook makes, of a weight (E, R, C)."""
-    recipe = RECIPES[recipe_name]
-    matrix = weight.flatten(0, 1)
-    scaled = numerics.quantize(matrix, recipe.weight, recipe.weight_dtype, recipe.scale_format)
-    config = Float8Config(recipe_name)
-    if recipe.scale_format == "e8m0":
-        scales = numerics.scale_to_exponent(scaled.scale)[None]
-    else:
-        scales = torch.stack([scaled.scale.reciprocal(), scaled.scale])
-    return Float8Experts(scaled.data, scales, weight.shape, weight.dtype, config)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -310,43 +302,6 @@ def test_a_sharded_weight_stays_one() -> None:
         assert found.parameter_name == "weight"
     with torch.no_grad():
         assert weight.add_(1) is weight
-
-
-# --- compile
-
-
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_compiled_in_one_graph(recipe: str) -> None:
-    model = new_model()
-    fp8dist.convert_moe_to_float8_training(model, config=recipe)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    counts = torch.tensor(COUNTS[0])
-    results = []
-    for run in (model, compiled):
-        x = tokens(COUNTS[0]).requires_grad_()
-        output = run(x, counts)
-        output.backward(tokens(COUNTS[0], seed=1))
-        results.append([output.detach(), x.grad, *(p.grad for p in model.parameters())])
-        model.zero_grad()
-    for eager, of_graph in zip(*results, strict=True):
-        torch.testing.assert_close(of_graph, eager)
-
-
-def test_the_compilers_cache_tells_weights_apart() -> None:
-    sharded = Float8ShardedExperts(torch.randn(2, 32, 32), Float8Config("rowwise"), "weight")
-    weight = arrived(torch.randn(2, 32, 32), "rowwise")
-    others = [
-        sharded,
-        sharded.bfloat16(),
-        Float8ShardedExperts(sharded._tensor, Float8Config("mxfp8"), "weight"),
-        weight,
-        weight.bfloat16(),
-        weight.mT,
-        arrived(torch.randn(2, 32, 32), "mxfp8_rceil"),
-    ]
-    hashes = [other._stable_hash_for_caching() for other in others]
-    assert len(set(hashes)) == len(others)
-    assert hashes[3] == arrived(torch.randn(2, 32, 32), "rowwise")._stable_hash_for_caching()
 
 
 @pytest.mark.gpu

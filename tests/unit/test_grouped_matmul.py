@@ -110,9 +110,12 @@ def test_whose_kernels_multiply(
         called.append(note("ours", b))
         return torch.zeros(2, 2)
 
-    def rows(_: Any, b: torch.Tensor, *__: Any) -> torch.Tensor:
+    def rows(
+        _: Any, b: torch.Tensor, a_inverse: torch.Tensor, b_inverse: torch.Tensor, __: Any
+    ) -> torch.Tensor:
         called.append(note("rows", b))
-        return torch.zeros(2, 2)
+        assert a_inverse.equal(1 / c.scale.flatten()) and b_inverse.equal(d.inverse)
+        return torch.zeros(2, 2, dtype=torch.bfloat16)
 
     def outer(*_: Any) -> torch.Tensor:
         called.append("outer")
@@ -132,9 +135,18 @@ def test_whose_kernels_multiply(
         library.impl("scaled_grouped_mm_rows", rows, "CPU")
         library.impl("scaled_grouped_outer", outer, "CPU")
         scaled_grouped_matmul(a, b, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
-        scaled_grouped_matmul(c, d, ends, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
+        found = scaled_grouped_matmul(c, d, ends, torch.float32, ROWWISE, fast_accum=fast_accum)
+        assert found.dtype == torch.float32
+        none = Scaled(c.data[:0], c.scale[:0], ROW)
+        assert scaled_grouped_matmul(none, d, ends * 0, torch.float32, ROWWISE).shape == (0, K)
         scaled_grouped_outer(x, y, torch.bfloat16, ROWWISE, fast_accum=fast_accum)
     assert called == expected
+
+
+def test_a_plan_is_of_a_gpu_with_all_kernels() -> None:
+    assert not kernels.grouped.multiplies_in_gluon(torch.ones(1))
+    with hardware.assume_matmuls():
+        assert kernels.grouped.multiplies_in_gluon(torch.ones(1))
 
 
 @pytest.mark.gpu

@@ -65,10 +65,13 @@ def test_tokens(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("counts", COUNTS, ids=lambda c: str(c)[:20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_tokens_times_a_factor(counts: list[int], wanted: bool, device: str) -> None:
+def test_tokens_times_a_factor(
+    counts: list[int], wanted: bool, dtype: torch.dtype, device: str
+) -> None:
     """Rows are cast of the product, columns of the tokens themselves."""
-    x = tokens(sum(counts) + 7, 96, torch.bfloat16, device)  # 7 rows of no group
+    x = tokens(sum(counts) + 7, 96, dtype, device)  # 7 rows of no group
     ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
     exponents = torch.randint(-30, 1, (len(counts), 96), generator=torch.Generator().manual_seed(0))
     factor = (2.0**exponents).to(device)
@@ -105,6 +108,8 @@ def test_transposing_each(size: tuple[int, int], device: str) -> None:
     assert found.scale.reciprocal().equal(rows.inverse.repeat_interleave(k)[:, None])
     assert found.inverse.equal(found.scale.reciprocal())
     assert found.block == ROW
+    op = torch.ops.fp8dist.transpose_each.default
+    torch.library.opcheck(op, (scaled.data, n, None), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -120,3 +125,6 @@ def test_rescaling_each(size: tuple[int, int], device: str) -> None:
     )
     assert found.scale.equal(expected.scale)
     assert found.block == expected.block
+    op, (rows, block, scale_format) = torch.ops.fp8dist.rescale_each.default, arguments[1:]
+    given = (scaled.data, scaled.scale, scaled.block, rows, block, scale_format, None)
+    torch.library.opcheck(op, given, test_utils="test_faketensor")

@@ -15,7 +15,7 @@ import fp8dist
 from fp8dist import hardware
 from fp8dist.kernels import grouped
 from fp8dist.train import parallelize
-from tests.unit.moe import DIM, EXPERTS, StackedExperts
+from tests.unit.moe import DIM, EXPERTS, FusedExperts, StackedExperts, zeros_of_groups
 
 
 class Matmuls(TorchDispatchMode):
@@ -33,19 +33,6 @@ class Matmuls(TorchDispatchMode):
 
 def zeros(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.zeros(a.size(0), b.size(1), dtype=torch.bfloat16)
-
-
-def zeros_of_groups(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scale: torch.Tensor,
-    b_scale: torch.Tensor,
-    offs: torch.Tensor,
-    *_: Any,
-    **__: Any,
-) -> torch.Tensor:
-    size = (a.size(0), b.size(2)) if b.dim() == 3 else (offs.numel(), a.size(0), b.size(1))
-    return torch.zeros(size, dtype=torch.bfloat16)
 
 
 def zeros_of_tokens(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
@@ -66,7 +53,9 @@ def matmuls_of(module: nn.Module, *args: torch.Tensor) -> Counter[str]:
         create_selective_checkpoint_contexts, parallelize._keep_or_recompute
     )
     with Matmuls() as matmuls:
-        checkpoint(module, *args, use_reentrant=False, context_fn=contexts).sum().backward()
+        checkpoint(
+            module, *args, use_reentrant=False, context_fn=contexts
+        ).square().sum().backward()
     return matmuls.counts
 
 
@@ -105,26 +94,29 @@ def test_no_matmul_is_done_twice(
         (
             "rowwise",
             "H200",
-            {
-                "fp8dist::scaled_grouped_mm": 3,
-                "fp8dist::scaled_grouped_mm_rows": 3,
-                "fp8dist::scaled_grouped_outer": 3,
-            },
+            {f"fp8dist::scaled_grouped_{n}": 1 for n in ("mm", "mm_rows", "outer")},
         ),
-        ("rowwise", "B200", {"aten::_scaled_grouped_mm": 9}),
-        ("mxfp8_rceil", "", {"fp8dist::grouped_mm": 9}),
-        (None, "", {"aten::_grouped_mm": 9}),
+        ("rowwise", "B200", {"aten::_scaled_grouped_mm": 3}),
+        ("mxfp8_rceil", "B200", {"fp8dist::mx_grouped_mm": 2, "fp8dist::mx_grouped_outer": 1}),
+        ("mxfp8_rceil", "", {"fp8dist::grouped_mm": 3}),
+        (None, "", {"aten::_grouped_mm": 3}),
     ],
 )
+@pytest.mark.parametrize(("kind", "weights"), [(StackedExperts, 3), (FusedExperts, 2)])
 def test_no_matmul_of_experts_is_done_twice(
-    recipe: str | None, gpu: str, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    kind: type[nn.Module],
+    weights: int,
+    recipe: str | None,
+    gpu: str,
+    expected: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three grouped matmuls, each with two of its backward."""
+    """Grouped matmuls, each with two of its backward."""
     monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, recipe: bool(gpu))
     for ours in "multiplies_groups", "multiplies_in_gluon":
         monkeypatch.setattr(grouped, ours, lambda a: gpu == "H200")
     model = nn.Module()
-    model.experts = StackedExperts()
+    model.experts = kind()
     if recipe is not None:
         fp8dist.convert_moe_to_float8_training(model, config=recipe)
     x, tokens = torch.randn(EXPERTS * 32, DIM, requires_grad=True), torch.full((EXPERTS,), 32)
@@ -136,5 +128,7 @@ def test_no_matmul_of_experts_is_done_twice(
         fp8dists.impl("scaled_grouped_mm", zeros_of_tokens, "CPU")
         fp8dists.impl("scaled_grouped_mm_rows", zeros_of_rows, "CPU")
         fp8dists.impl("scaled_grouped_outer", zeros_of_experts, "CPU")
+        fp8dists.impl("mx_grouped_mm", zeros_of_tokens, "CPU")
+        fp8dists.impl("mx_grouped_outer", zeros_of_experts, "CPU")
         found = matmuls_of(model.experts, x, tokens)
-    assert {op: found[op] for op in expected} == expected
+    assert {op: found[op] for op in expected} == {op: n * weights for op, n in expected.items()}

@@ -1,0 +1,105 @@
+"""Experts in float8 inside what is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+
+import fp8dist
+from fp8dist import Float8Config, hardware
+from fp8dist.experts import Float8ShardedExperts
+from fp8dist.kernels import grouped
+from tests.unit.moe import DIM, EXPERTS, HIDDEN, arrived, new_model, tokens, zeros_of_groups
+
+RECIPE_NAMES = ["rowwise", "mxfp8_rceil"]
+COUNTS = [5, 0, 37, 16]
+
+
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_compiled_in_one_graph(recipe: str) -> None:
+    model = new_model()
+    fp8dist.convert_moe_to_float8_training(model, config=recipe)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counts = torch.tensor(COUNTS)
+    results = []
+    for run in (model, compiled):
+        x = tokens(COUNTS).requires_grad_()
+        output = run(x, counts)
+        output.backward(tokens(COUNTS, seed=1))
+        results.append([output.detach(), x.grad, *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for eager, of_graph in zip(*results, strict=True):
+        torch.testing.assert_close(of_graph, eager)
+
+
+def test_the_compilers_cache_tells_weights_apart() -> None:
+    sharded = Float8ShardedExperts(torch.randn(2, 32, 32), Float8Config("rowwise"), "weight")
+    weight = arrived(torch.randn(2, 32, 32), "rowwise")
+    others = [
+        sharded,
+        sharded.bfloat16(),
+        Float8ShardedExperts(sharded._tensor, Float8Config("mxfp8"), "weight"),
+        weight,
+        weight.bfloat16(),
+        weight.mT,
+        arrived(torch.randn(2, 32, 32), "mxfp8_rceil"),
+    ]
+    hashes = [other._stable_hash_for_caching() for other in others]
+    assert len(set(hashes)) == len(others)
+    assert hashes[3] == arrived(torch.randn(2, 32, 32), "rowwise")._stable_hash_for_caching()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_nothing_made_of_the_weight_is_kept_from_forward(
+    recipe: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 frees the weight in between; what the compiler kept of it would stay allocated. With
+    torch's grouped matmul of rows, which wants transposes, as with another Triton."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(hardware, "has_grouped_matmul", lambda device, of: of.name == "rowwise")
+    monkeypatch.setattr(grouped, "multiplies_in_gluon", lambda a: False)
+    # Output contracts columns of what is stored, and grad_input rows, or the other way around.
+    inner, outer = (DIM, HIDDEN) if transposed else (HIDDEN, DIM)
+    weight = arrived(torch.randn(EXPERTS, HIDDEN, DIM), recipe)
+    weight = weight.mT if transposed else weight
+    ends = torch.tensor(COUNTS).cumsum(0, dtype=torch.int32)
+    graphs: dict[str, torch.fx.GraphModule] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs[name] = graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x, weight, offs=ends)
+
+    with torch.library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
+        multiply(tokens(COUNTS, inner).requires_grad_(), weight).sum().backward()
+
+    def of_weights(name: str) -> int:
+        """How many ops of fp8dist are called on a weight, a matrix of bytes."""
+        ops = [node for node in graphs[name].graph.nodes if "fp8dist" in str(node.target)]
+        return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
+
+    assert (of_weights("forward"), of_weights("backward")) == ((0, 1) if transposed else (1, 0))
+    # What arrived of the weight is kept, and nothing else of that size.
+    output, *kept = graphs["forward"].graph.output_node().args[0]
+    assert output.meta["val"].shape == (sum(COUNTS), outer)
+    tensors = [x.meta["val"] for x in kept if isinstance(x.meta["val"], torch.Tensor)]
+    large = [x for x in tensors if x.numel() >= EXPERTS * HIDDEN * DIM]
+    assert [x.dtype.itemsize for x in large] == [1]
