@@ -82,8 +82,7 @@ def unpad_groups(x: torch.Tensor, ends: torch.Tensor, multiple: int, rows: int) 
         torch.cat([e.new_zeros(1), e[:-1]]) for e in (ends, padded_ends(ends, multiple))
     )
     shift = (new_first - first)[group_of_rows(ends, rows)]
-    row = torch.arange(rows, device=x.device) + shift
-    return x[row.clamp(max=x.size(0) - 1)]
+    return x[torch.arange(rows, device=x.device) + shift]
 
 
 def quantize_groups(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils._triton import has_triton
 
 from fp8dist.config import ROW, Recipe
 
@@ -56,12 +57,15 @@ def has_grouped_matmul(device: torch.device, recipe: Recipe) -> bool:
 
 @functools.cache
 def _torchao_arranges_scales() -> bool:
-    """Whether torchao has the kernels of its MX prototypes, which may move or change."""
+    """Whether torchao has the kernels of its MX prototypes, which may move or change, and are
+    stubs of these names without Triton.
+    """
     try:
         from torchao.prototype.moe_training.kernels import mxfp8
     except ImportError:
         return False
-    return hasattr(mxfp8, "triton_mx_block_rearrange_2d_K_groups")
+    of = ("2d_M_groups", "2d_K_groups", "per_group_3d")
+    return has_triton() and all(hasattr(mxfp8, f"triton_mx_block_rearrange_{x}") for x in of)
 
 
 def has_hopper_units(device: torch.device) -> bool:
@@ -86,8 +90,8 @@ _assumed = False
 
 @contextmanager
 def assume_matmuls() -> Iterator[None]:
-    """While it is open, devices count as having every recipe's matmul, and grouped ones of rows, as
-    a GPU that has them: for fake tensors.
+    """While it is open, devices count as having every recipe's matmuls, as a GPU that has them: for
+    fake tensors.
     """
     global _assumed
     before, _assumed = _assumed, True
@@ -106,7 +110,7 @@ def multiplies(device: torch.device, recipe: Recipe, emulate: bool, grouped: boo
     if emulate:
         return False
     if _assumed:
-        return not grouped or recipe.weight == ROW
+        return True
     if (has_grouped_matmul if grouped else has_matmul)(device, recipe):
         return True
     if not torch.compiler.is_compiling():

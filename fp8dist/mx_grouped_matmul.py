@@ -47,11 +47,11 @@ def _mx_grouped_mm(
         for x in (a, a_exponents)
     )
     new_ends = padded_ends(ends, GROUP_MULTIPLE)
-    of_weights = b_exponents.unflatten(0, (experts, -1)).contiguous()
+    of_weights = b_exponents.unflatten(0, (experts, -1))
     product = torch._scaled_grouped_mm(
         data.view(a.dtype),
         b.contiguous().unflatten(0, (experts, -1)).transpose(1, 2),
-        mxfp8.triton_mx_block_rearrange_2d_M_groups(_e8m0(exponents), new_ends),
+        mxfp8.triton_mx_block_rearrange_2d_M_groups(_e8m0(exponents), _of_kernels(new_ends)),
         mxfp8.triton_mx_block_rearrange_per_group_3d(_e8m0(of_weights)),
         offs=new_ends,
         out_dtype=torch.bfloat16,
@@ -71,12 +71,18 @@ def _mx_grouped_outer(
     from torchao.prototype.moe_training.kernels import mxfp8
 
     of_a, of_b = (
-        mxfp8.triton_mx_block_rearrange_2d_K_groups(_e8m0(x.contiguous()), ends // 32)
+        mxfp8.triton_mx_block_rearrange_2d_K_groups(_e8m0(x.contiguous()), _of_kernels(ends // 32))
         for x in (a_exponents, b_exponents)
     )
     return torch._scaled_grouped_mm(
         a.contiguous(), b.contiguous().t(), of_a, of_b, offs=ends, out_dtype=torch.bfloat16
     )
+
+
+def _of_kernels(ends: torch.Tensor) -> torch.Tensor:
+    """torchao's kernels compile for powers of two of groups: with empty ones after the last."""
+    missing = (1 << (ends.numel() - 1).bit_length()) - ends.numel()
+    return torch.cat([ends, ends[-1:].expand(missing)])
 
 
 def _e8m0(exponents: torch.Tensor) -> torch.Tensor:

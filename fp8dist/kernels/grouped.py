@@ -212,7 +212,8 @@ def quantize_tokens(
 
     factor: that of `grouped_numerics.ContractedRows`, if that is what x (M, K) is multiplied by.
     """
-    # With a factor also where columns are not wanted: their bytes are fewer than those of products.
+    # With a factor also where columns are not wanted: to write these costs less than to write the
+    # products, in float32, and to cast those.
     if transposed_block == COLUMN or factor is not None:
         data, scales, t_data, t_scales, padded_ends = torch.ops.fp8dist.quantize_groups.default(
             x, ends, block is not None, float8_dtype, factor

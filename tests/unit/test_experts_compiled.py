@@ -97,7 +97,7 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
         return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
 
     assert (of_weights("forward"), of_weights("backward")) == ((0, 1) if transposed else (1, 0))
-    # What arrived of the weight is kept, and nothing else of that size.
+    # What arrived of the weight is kept, and nothing else of that size. (MXFP8's scales are.)
     output, *kept = graphs["forward"].graph.output_node().args[0]
     assert output.meta["val"].shape == (sum(COUNTS), outer)
     tensors = [x.meta["val"] for x in kept if isinstance(x.meta["val"], torch.Tensor)]

@@ -105,6 +105,15 @@ def test_rescaling_each_of_several_matrices() -> None:
         assert found.scale[here].equal(one.scale)
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_groups_are_padded_and_unpadded(counts: list[int]) -> None:
+    x, ends = random(sum(counts) + 3, 8), ends_of(counts)  # 3 rows of no group
+    padded = grouped_numerics.pad_groups(x, ends, GROUP_MULTIPLE)
+    found = grouped_numerics.unpad_groups(padded, ends, GROUP_MULTIPLE, x.size(0))
+    assert found.shape == x.shape
+    assert found[: sum(counts)].equal(x[: sum(counts)])
+
+
 @pytest.mark.parametrize("spread", [0, 8, 30])
 def test_contracted_rows(spread: int) -> None:
     """Tokens times factors, times what arrived and its inverse, are the product with the weights

@@ -113,14 +113,18 @@ def test_grouped_matmuls(
 
 
 def test_torchao_is_asked_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its prototypes may change, or move."""
+    """Its prototypes may change, or move, and without Triton they are stubs."""
     from torchao.prototype.moe_training.kernels import mxfp8
 
     arranges = hardware._torchao_arranges_scales.__wrapped__
+    monkeypatch.setattr(hardware, "has_triton", lambda: False)
+    assert not arranges()
+    monkeypatch.setattr(hardware, "has_triton", lambda: True)
     assert arranges()
-    with monkeypatch.context() as changed:
-        changed.delattr(mxfp8, "triton_mx_block_rearrange_2d_K_groups")
-        assert not arranges()
+    for name in "2d_M_groups", "2d_K_groups", "per_group_3d":
+        with monkeypatch.context() as changed:
+            changed.delattr(mxfp8, f"triton_mx_block_rearrange_{name}")
+            assert not arranges()
     monkeypatch.setitem(sys.modules, "torchao.prototype.moe_training.kernels", None)
     assert not arranges()
 
@@ -155,7 +159,7 @@ def test_matmuls_are_assumed_until_it_ends() -> None:
         assert hardware.multiplies(CPU, TENSORWISE, emulate=False)
         assert not hardware.multiplies(CPU, TENSORWISE, emulate=True)
         assert hardware.multiplies(CPU, RECIPES["rowwise"], emulate=False, grouped=True)
-        assert not hardware.multiplies(CPU, RECIPES["mxfp8_rceil"], emulate=False, grouped=True)
+        assert hardware.multiplies(CPU, RECIPES["mxfp8_rceil"], emulate=False, grouped=True)
     assert not hardware.multiplies(CPU, TENSORWISE, emulate=False)
 
 

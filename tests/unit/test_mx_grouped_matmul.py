@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchao.prototype.moe_training.kernels import mxfp8
 
-from fp8dist import Float8Config, grouped_numerics, hardware, numerics
+from fp8dist import Float8Config, grouped_numerics, hardware, mx_grouped_matmul, numerics
 from fp8dist.config import RECIPES
 from fp8dist.experts import Float8ShardedExperts
 from fp8dist.grouped_matmul import scaled_grouped_matmul, scaled_grouped_outer
@@ -20,7 +20,7 @@ from tests.unit.moe import DIM, EXPERTS, HIDDEN, tokens
 
 E4M3 = torch.float8_e4m3fn
 MX = RECIPES["mxfp8_rceil"]
-COUNTS = [[5, 0, 37, 16], [0, 0, 0, 50], [32, 64, 32, 96], [300, 1, 130, 0]]
+COUNTS = [[5, 0, 37, 16], [0, 0, 0, 50], [32, 64, 32, 96], [300, 1, 130], [7]]
 
 
 def from_blocked(flat: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -35,6 +35,13 @@ def from_blocked(flat: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return found[:rows, :columns]
 
 
+def as_meta(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
+
+
+of_torch = torch._scaled_grouped_mm
+
+
 def value(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return data.double() * scale.double().repeat_interleave(32, 1)
 
@@ -47,9 +54,9 @@ def matmul(
     offs: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """torch's, group by group; what is of no group is NaN."""
-    assert a.is_contiguous() and b.stride(-2) == 1
-    assert a_scale.dtype == b_scale.dtype == torch.float8_e8m0fnu
+    """torch's, group by group; what is of no group is NaN. What torch checks it checks itself."""
+    operands = [as_meta(x) for x in (a, b, a_scale, b_scale)]
+    shape = of_torch(*operands, offs=as_meta(offs), out_dtype=out_dtype).shape
     ends = [0, *offs.tolist()]
     assert all(end % 32 == 0 for end in ends) and offs.dtype == torch.int32
     groups = list(zip(ends[:-1], ends[1:], strict=True))
@@ -62,6 +69,7 @@ def matmul(
             x = value(a[first:end], from_blocked(own, end - first, columns))
             out[first:end] = x @ value(b[g].t(), from_blocked(b_scale[g], n, columns)).t()
             start += -(-(end - first) // 128) * 128
+        assert out.shape == shape
         return out.to(out_dtype)
     products, starts = [], [0, 0]
     for first, end in groups:
@@ -72,6 +80,7 @@ def matmul(
             operands.append(value(x[:, first:end], own))
             starts[i] += -(-x.size(0) // 128) * 128 * -(-columns // 4) * 4
         products.append(operands[0] @ operands[1].t())
+    assert (len(products), *products[0].shape) == shape
     return torch.stack(products).to(out_dtype)
 
 
@@ -95,7 +104,8 @@ def reference(name: str) -> Any:
     arrange = getattr(mxfp8, f"torch_to_blocked_{name}")
 
     def call(scales: torch.Tensor, *ends: torch.Tensor) -> torch.Tensor:
-        assert scales.is_contiguous()
+        for groups in ends:
+            assert groups.numel().bit_count() == 1, "the kernels compile for no others"
         # The references take columns in fours only where the kernels pad them.
         bytes_of = scales.view(torch.uint8)
         if name != "2d_K_groups":
@@ -131,6 +141,32 @@ def test_as_dequantized(counts: list[int], k: int, blackwell: list[int]) -> None
     assert blackwell == [3, 2]
 
 
+def test_packed_weights(blackwell: list[int]) -> None:
+    """As they arrive, each row's exponents after its data."""
+    counts, n, k = [40, 3, 0], 64, 96
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    a = numerics.quantize(tokens(counts, k), MX.input, E4M3, "e8m0")
+    b = numerics.quantize(torch.randn(3 * n, k), MX.weight, E4M3, "e8m0")
+    packed = torch.cat([b.data.view(torch.uint8), numerics.scale_to_exponent(b.scale)], 1)
+    rows = b._replace(data=packed[:, :k].view(E4M3))
+    found, expected = (scaled_grouped_matmul(a, x, ends, torch.float32, MX) for x in (rows, b))
+    assert found.dtype == torch.float32 and found.equal(expected)
+    p = grouped_numerics.quantize_groups(tokens(counts, n), ends, (32, 1), E4M3, "e8m0")
+    assert scaled_grouped_outer(p, p, torch.float32, MX).dtype == torch.float32
+
+
+def test_what_the_compiler_is_told_of_the_ops(blackwell: list[int]) -> None:
+    ends, ones = torch.tensor([64, 192], dtype=torch.int32), torch.ones(192, 64).to(E4M3)
+    exponents = torch.full((192, 2), 127, dtype=torch.uint8)
+    operands = (ones, ones[:128], exponents, exponents[:128], ends)
+    op = torch.ops.fp8dist.mx_grouped_mm.default
+    torch.library.opcheck(op, operands, test_utils="test_faketensor")
+    rows, exponents = ones.t().contiguous(), exponents[:64, :1].expand(64, 6)
+    operands = (rows, rows[:32], exponents, exponents[:32], ends)
+    op = torch.ops.fp8dist.mx_grouped_outer.default
+    torch.library.opcheck(op, operands, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_experts(compiled: bool, blackwell: list[int]) -> None:
     """All three matmuls are torch's, also compiled."""
@@ -157,22 +193,24 @@ def test_experts(compiled: bool, blackwell: list[int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 3, 6, 8])
 @pytest.mark.parametrize("columns", [3, 8])
-def test_torchaos_kernels_are_as_its_references(columns: int) -> None:
+def test_torchaos_kernels_are_as_its_references(columns: int, groups: int) -> None:
     """Which stand for them above; any GPU has them."""
     generator = torch.Generator().manual_seed(0)
-    for name, size, ends in (
-        ("2d_M_groups", (640, columns), [64, 128, 448]),
-        ("2d_K_groups", (200, 20), [2, 6, 20]),
-        ("per_group_3d", (3, 160, columns), None),
+    sizes = torch.randint(0, 4, (groups,), generator=generator)
+    ends = mx_grouped_matmul._of_kernels(sizes.cumsum(0, dtype=torch.int32))
+    rows = int(ends[-1]) + 2
+    for name, size, given in (
+        ("2d_M_groups", (64 * rows, columns), (64 * ends,)),
+        ("2d_K_groups", (200, 2 * rows), (2 * ends,)),
+        ("per_group_3d", (groups, 160, columns), ()),
     ):
         scales = torch.randint(256, size, generator=generator).byte()
-        given = () if ends is None else (torch.tensor(ends, dtype=torch.int32),)
-        expected = reference(name)(scales.view(torch.float8_e8m0fnu), *given).view(torch.uint8)
+        expected = reference(name)(scales.view(torch.float8_e8m0fnu), *given)
         kernel = getattr(mxfp8, f"triton_mx_block_rearrange_{name}")
-        on_gpu = (x.cuda() for x in given)
-        found = kernel(scales.cuda().view(torch.float8_e8m0fnu), *on_gpu)
-        found = found.view(torch.uint8).cpu().flatten()
+        found = kernel(scales.cuda().view(torch.float8_e8m0fnu), *(x.cuda() for x in given))
+        found, expected = (x.view(torch.uint8).cpu().flatten() for x in (found, expected))
         count = min(found.numel(), expected.numel())
-        assert found[:count].equal(expected.flatten()[:count])
-        assert not found[count:].any() and not expected.flatten()[count:].any()
+        assert found[:count].equal(expected[:count])
+        assert not found[count:].any() and not expected[count:].any()
