@@ -87,11 +87,11 @@ def group_amaxes_kernel(
             row_mask = rows < end
             offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
             mask = row_mask[:, None] & column_mask[None, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            bits = _abs_bits(x)
+            bits = _abs_bits(tl.load(x_ptr + offsets, mask=mask, other=0.0))
             most = tl.maximum(most, bits)
             if HAS_FACTOR:
-                bits = _abs_bits(x.to(tl.float32) * factor[None, :])
+                bits = bits.to(tl.float32, bitcast=True) * factor[None, :]
+                bits = bits.to(tl.int32, bitcast=True)
             if WANT_ROW:
                 tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
         tl.atomic_max(column_ptr + of_group, tl.max(most, 0), mask=column_mask, sem="relaxed")

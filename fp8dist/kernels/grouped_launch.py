@@ -15,7 +15,7 @@ from fp8dist.kernels.layout import cdiv, contiguous_strides
 CHUNK = GROUP_MULTIPLE
 # What was fastest on an H200: rows and columns that are taken at once, and warps, of tokens as they
 # are and of those that have a factor.
-_AMAX_TILES, _CAST_COLUMNS = {False: (8, 1024, 4), True: (8, 256, 2)}, 128
+_AMAX_TILES, _CAST_COLUMNS = {False: (8, 1024, 4), True: (8, 256, 2)}, {False: 128, True: 64}
 
 
 def quantize_groups(
@@ -48,7 +48,7 @@ def quantize_groups(
     row_amaxes, column_amaxes = amaxes, amaxes[m * rows :]
     has_factor = factor is not None
     factor = amaxes if factor is None else factor.contiguous()  # some pointer, which is not used
-    bm, bn, warps = _AMAX_TILES[has_factor]
+    (bm, bn, warps), cast_columns = _AMAX_TILES[has_factor], _CAST_COLUMNS[has_factor]
     launch_kernel(
         kernels.group_amaxes_kernel,
         (chunks, cdiv(n, bn), 1),
@@ -63,10 +63,10 @@ def quantize_groups(
     t_scale = torch.empty((2, groups, n), dtype=torch.float32, device=device)
     launch_kernel(
         kernels.quantize_groups_kernel,
-        (chunks, cdiv(n, _CAST_COLUMNS), 1),
+        (chunks, cdiv(n, cast_columns), 1),
         (x, first, end, group, factor, row_amaxes, column_amaxes, data, scale, t_data, t_scale),
         (m, n, m_padded, groups, groups * n, x.stride(0)),
-        (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, has_factor, CHUNK, _CAST_COLUMNS),
+        (FLOAT8_EXPONENT[float8_dtype], "power_of_2", rows, has_factor, CHUNK, cast_columns),
         num_warps=4,
     )
     return data, scale, t_data, t_scale, new_ends
