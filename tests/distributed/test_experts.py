@@ -7,107 +7,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fp8dist
 from fp8dist import Float8Config
 from fp8dist.config import RECIPES
 from fp8dist.experts import Float8Experts, Float8ShardedExperts
+from tests.distributed.experts_model import (
+    DIM,
+    HIDDEN,
+    VOCAB,
+    Model,
+    batches,
+    local_batch,
+    loss_of,
+    new_model,
+    placed_on,
+    shard,
+)
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_placement import quantized
-from tests.distributed.toy import full, mesh_of, same_bits, warnings_of_the_library
+from tests.distributed.toy import full, mesh_of, same_bits
 from tests.distributed.wire import collectives
 from tests.unit.moe import FusedExperts, StackedExperts
 
 RECIPE_NAMES = ["rowwise", "mxfp8_rceil"]
-DIM, HIDDEN, VOCAB = 64, 96, 48
-TOP_K, BATCH, SEQUENCE = 2, 12, 8
-
-
-class Block(nn.Module):
-    """A router and experts, to the best two of which each token goes."""
-
-    def __init__(self, kind: Any, experts: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(DIM)
-        self.router = nn.Linear(DIM, experts, bias=False)
-        self.experts = kind(experts, DIM, HIDDEN)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x).flatten(0, -2)
-        weights, chosen = self.router(h).softmax(-1).topk(TOP_K)
-        order = chosen.flatten().argsort(stable=True)
-        experts = torch.arange(self.router.out_features, device=x.device)
-        counts = (chosen.flatten()[:, None] == experts).sum(0)
-        # By permutations, which a GPU does in one order always.
-        every = h[:, None].expand(-1, TOP_K, -1).flatten(0, 1)
-        outputs = self.experts(every[order], counts)[order.argsort()].unflatten(0, (-1, TOP_K))
-        return x + (outputs * weights[..., None]).sum(1).type_as(x).view_as(x)
-
-
-class Model(nn.Module):
-    def __init__(self, kind: Any, experts: int, recompute: bool) -> None:
-        super().__init__()
-        self.recompute = recompute
-        self.embedding = nn.Embedding(VOCAB, DIM)
-        self.layers = nn.ModuleList(Block(kind, experts) for _ in range(2))
-        self.output = nn.Linear(DIM, VOCAB, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
-        return self.output(x)
-
-
-def new_model(
-    config: Any = "rowwise", kind: Any = StackedExperts, experts: int = 4, recompute: bool = False
-) -> Model:
-    """The same weights in every process; a cast to bfloat16, as `StackedExperts` has it, changes
-    none.
-    """
-    torch.manual_seed(0)
-    model = Model(kind, experts, recompute).to(DEVICE)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.copy_(param.bfloat16())
-    if config is not None:
-        fp8dist.convert_moe_to_float8_training(model, config=config)
-    return model
-
-
-def placed_on(dim: int) -> Any:
-    return lambda param: Shard(dim if param.dim() == 3 else 0)
-
-
-def shard(model: Model, *mesh: int, dim: int = 0, **options: Any) -> Any:
-    options |= {"mesh": mesh_of(*mesh), "shard_placement_fn": placed_on(dim)}
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def local_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return batches(step, dist.get_world_size())[dist.get_rank()]
-
-
-def batches(step: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, targets), by rank."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator).to(DEVICE)
-    return [(part[:, :-1], part[:, 1:]) for part in tokens.chunk(world)]
-
-
-def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    tokens, targets = batch
-    return F.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
-
 
 # --- placement
 
@@ -296,151 +222,6 @@ def test_as_in_one_process(recipe: str, mesh: tuple[int, ...], dim: int, kind: A
             for name, gradient in of_one.items():
                 distance = (gradients[name] - gradient).norm() / gradient.norm()
                 assert distance < tolerance, name
-
-
-# --- reuse, stale scales
-
-
-def trained(recipe: str, options: dict[str, Any], config: dict[str, Any], recompute: bool) -> Any:
-    model = new_model(Float8Config(recipe, **config), recompute=recompute)
-    model = shard(model, dist.get_world_size(), **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    fp8dist.register_precompute_hook(optimizer, model)
-    losses = []
-    for step in range(3):
-        loss = loss_of(model, local_batch(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, {name: full(param) for name, param in model.named_parameters()}
-
-
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-@pytest.mark.parametrize("world", [2, 3])
-def test_reuse_changes_nothing(recipe: str, world: int) -> None:
-    variants = [
-        ({}, {}, False),
-        ({"reshard_after_forward": False}, {}, False),
-        ({}, {"cache_payload": False}, False),
-        ({}, {}, True),
-        ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}, False),
-    ]
-    first, *others = (run_on_ranks(world, trained, recipe, *variant) for variant in variants)
-    for (options, config, recompute), other in zip(variants[1:], others, strict=True):
-        told = (options, config, recompute)
-        if "offload_policy" in options and DEVICE != "cpu":
-            # AdamW on the CPU rounds otherwise: before its first step all is the same.
-            assert [losses[0] for losses, _ in other] == [losses[0] for losses, _ in first], told
-        else:
-            assert same_bits(other, first), told
-
-
-@torch.no_grad()
-def scale_all(model: nn.Module, folder: str) -> None:
-    for param in model.parameters():
-        param.mul_(1.5)
-
-
-@torch.no_grad()
-def scale_one_expert(model: nn.Module, folder: str) -> None:
-    for layer in model.layers:
-        for param in layer.experts.parameters():
-            param.to_local()[:1].mul_(1.5)
-
-
-def step_foreach(model: nn.Module, folder: str) -> None:
-    torch.optim.SGD(model.parameters(), lr=1.0, foreach=True).step()
-
-
-def other_weights(experts: int = 4) -> dict[str, Any]:
-    model = shard(new_model(experts=experts), dist.get_world_size())
-    scale_all(model, "")
-    return model.state_dict()
-
-
-def load(model: nn.Module, folder: str) -> None:
-    model.load_state_dict(other_weights())
-
-
-def load_assigning(model: nn.Module, folder: str) -> None:
-    model.load_state_dict(other_weights(), assign=True)
-
-
-def dcp_load_in_place(model: nn.Module, folder: str) -> None:
-    dcp.save(other_weights(experts=6), checkpoint_id=folder)
-    dcp.load(model.state_dict(), checkpoint_id=folder)
-
-
-EDITS = {
-    edit.__name__: edit
-    for edit in (
-        scale_all,
-        scale_one_expert,
-        step_foreach,
-        load,
-        load_assigning,
-        dcp_load_in_place,
-    )
-}
-
-
-def edited(name: str, folder: str) -> tuple[list[list[str]], list[int]]:
-    results, warned, reductions = [], [], []
-    # Of 4 experts the last of 3 ranks has none; it would not notice a load that writes to nothing.
-    experts = 6 if name == "dcp_load_in_place" else 4
-    for precompute in (True, False):
-        model = shard(new_model(experts=experts), dist.get_world_size())
-        loss_of(model, local_batch(0)).backward()
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-        before = full(model.layers[1].experts.w2)
-        with warnings_of_the_library() as messages:
-            EDITS[name](model, f"{folder}/{precompute}")
-            model.zero_grad()
-            assert not same_bits(full(model.layers[1].experts.w2), before)
-            if precompute:
-                fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-            with collectives() as forward:
-                loss = loss_of(model, local_batch(1))
-            loss.backward()
-        results.append((loss.item(), {n: full(p.grad) for n, p in model.named_parameters()}))
-        warned.append(messages)
-        reductions.append(len([c for c in forward if c.reduction == "MAX"]))
-    assert same_bits(results[0], results[1])
-    return warned, reductions
-
-
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", EDITS)
-def test_edits_are_noticed(name: str, world: int, tmp_path: Any) -> None:
-    for warned, reductions in run_on_ranks(world, edited, name, str(tmp_path)):
-        assert warned[0] == []
-        (message,) = warned[1]
-        assert message.startswith("layers.0.experts.w1 was edited")
-        assert reductions == [0, 6]  # 2 blocks of 3 weights
-
-
-def precompute_first(recipe: str, experts: int) -> list[str]:
-    """Before anything has run, when short ranks have not yet padded their shards."""
-    losses = []
-    for precompute in (True, False):
-        model = shard(new_model(recipe, experts=experts), dist.get_world_size())
-        if precompute:
-            fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-        with collectives() as forward:
-            loss = loss_of(model, local_batch(0))
-        loss.backward()
-        losses.append(loss.item())
-        if precompute:
-            issued = [c.name for c in forward]
-    assert losses[0] == losses[1]
-    return issued
-
-
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_precompute_before_the_first_forward(recipe: str) -> None:
-    # Of 3 ranks two have 2 of 4 experts, and the last has none.
-    assert run_on_ranks(3, precompute_first, recipe, 4) == [["all_gather"] * 3] * 3
 
 
 # --- state dicts, compile, other modules
