@@ -5,11 +5,12 @@ from torch.library import Library, register_fake
 
 from fp8dist import grouped_numerics, numerics
 from fp8dist.grouped_numerics import GROUP_MULTIPLE, ScaledGroups, padded_ends
+from fp8dist.kernels.grouped import empty_outer, empty_product
 from fp8dist.numerics import Scaled
 
-# torch has these matmuls for groups that number multiples of 32 tokens, so tokens are padded on
-# their way in, and what was padded is left out of what comes back. Ops, as the compiler knows no
-# type for exponents.
+# As torchao does for these matmuls, groups of tokens are padded to multiples of 32 on their way in,
+# and what was padded is left out of what comes back. Ops, as not every compiler has a type for
+# exponents.
 _library = Library("fp8dist", "FRAGMENT")
 for _name in "mx_grouped_mm", "mx_grouped_outer":
     _library.define(
@@ -91,15 +92,5 @@ def _e8m0(exponents: torch.Tensor) -> torch.Tensor:
 
 _library.impl("mx_grouped_mm", _mx_grouped_mm, "CompositeExplicitAutograd")
 _library.impl("mx_grouped_outer", _mx_grouped_outer, "CompositeExplicitAutograd")
-
-
-@register_fake("fp8dist::mx_grouped_mm", lib=_library)
-def _(a: torch.Tensor, b: torch.Tensor, *exponents_and_ends: torch.Tensor) -> torch.Tensor:
-    groups = exponents_and_ends[-1].size(0)
-    return a.new_empty((a.size(0), b.size(0) // groups), dtype=torch.bfloat16)
-
-
-@register_fake("fp8dist::mx_grouped_outer", lib=_library)
-def _(a: torch.Tensor, b: torch.Tensor, *exponents_and_ends: torch.Tensor) -> torch.Tensor:
-    groups = exponents_and_ends[-1].size(0)
-    return a.new_empty((groups, a.size(0), b.size(0)), dtype=torch.bfloat16)
+register_fake("fp8dist::mx_grouped_mm", empty_product, lib=_library)
+register_fake("fp8dist::mx_grouped_outer", empty_outer, lib=_library)

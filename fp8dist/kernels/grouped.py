@@ -171,16 +171,20 @@ def _(
     return data.new_empty(stacked, rows), scale.new_empty(stacked, rows // block[0])
 
 
-@register_fake("fp8dist::scaled_grouped_mm", lib=_library)
-def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> torch.Tensor:
-    groups = inverses_and_ends[-1].size(0)
+def empty_product(a: torch.Tensor, b: torch.Tensor, *scales_and_ends: torch.Tensor) -> torch.Tensor:
+    """Of a (M, K), tokens, and b (E * N, K): (M, N), bfloat16."""
+    groups = scales_and_ends[-1].size(0)
     return a.new_empty((a.size(0), b.size(0) // groups), dtype=torch.bfloat16)
 
 
-@register_fake("fp8dist::scaled_grouped_outer", lib=_library)
-def _(a: torch.Tensor, b: torch.Tensor, *inverses_and_ends: torch.Tensor) -> torch.Tensor:
-    groups = inverses_and_ends[-1].size(0)
+def empty_outer(a: torch.Tensor, b: torch.Tensor, *scales_and_ends: torch.Tensor) -> torch.Tensor:
+    """Of a (N, padded rows) and b (K, padded rows): (E, N, K), bfloat16."""
+    groups = scales_and_ends[-1].size(0)
     return a.new_empty((groups, a.size(0), b.size(0)), dtype=torch.bfloat16)
+
+
+register_fake("fp8dist::scaled_grouped_mm", empty_product, lib=_library)
+register_fake("fp8dist::scaled_grouped_outer", empty_outer, lib=_library)
 
 
 @register_fake("fp8dist::scaled_grouped_mm_rows", lib=_library)

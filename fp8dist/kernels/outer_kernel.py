@@ -31,6 +31,18 @@ BM, BN, BK, STAGES = gl.constexpr(128), gl.constexpr(256), gl.constexpr(64), gl.
 
 
 @gluon.jit
+def new_barriers(PLACES: gl.constexpr):
+    """`ready` and `free` of each place, see [Note: loader and multipliers]."""
+    ready = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(ready.index(place), count=1)
+        mbarrier.init(free.index(place), count=2)
+    fence_async_shared()
+    return ready, free
+
+
+@gluon.jit
 def _tile(tile, ends_ptr, tiles, tiles_n):
     """Its group, first row and column, and where its steps begin and how many they are."""
     group = tile // tiles
@@ -155,12 +167,7 @@ def outer_groups_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, BN], b_inverse_desc.layout),
     )
     out_places = gl.allocate_shared_memory(out_desc.dtype, [2, 1, BM // 2, BN], out_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(STAGES):
-        mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(free.index(place), count=2)
-    fence_async_shared()
+    ready, free = new_barriers(STAGES)
     descriptors = (a_desc, b_desc, a_inverse_desc, b_inverse_desc)
     multiplier = (out_desc, sizes, ends_ptr, operands, inverses, out_places, ready, free)
     loader = (descriptors, sizes, ends_ptr, operands, inverses, ready, free)

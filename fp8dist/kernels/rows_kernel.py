@@ -5,12 +5,13 @@ program loads an operand into registers as it wants it.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from fp8dist.kernels.outer_kernel import new_barriers
 
 # [Note: transposed on the way]
 # Hopper's tensor cores take float8 operands whose bytes follow each other along what is contracted,
@@ -228,12 +229,7 @@ def multiply_rows_kernel(
             gl.float32, [STAGES, BM], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         ),
     )
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(STAGES):
-        mbarrier.init(ready.index(place), count=1)
-        mbarrier.init(free.index(place), count=2)
-    fence_async_shared()
+    ready, free = new_barriers(STAGES)
     multiplier = (out_ptr, ends_ptr, sizes, places, ready, free)
     loader = (a_desc, b_desc, a_inverse_ptr, b_inverse_ptr, ends_ptr, sizes, places, ready, free)
     gl.warp_specialize(

@@ -1,18 +1,14 @@
 """Experts in float8 inside what is compiled."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
 
 import fp8dist
 from fp8dist import Float8Config, hardware
 from fp8dist.experts import Float8ShardedExperts
 from fp8dist.kernels import grouped
+from tests.unit.graphs import noting, ops_of_weights
 from tests.unit.moe import DIM, EXPERTS, HIDDEN, arrived, new_model, tokens, zeros_of_groups
 
 RECIPE_NAMES = ["rowwise", "mxfp8_rceil"]
@@ -70,20 +66,7 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
     ends = torch.tensor(COUNTS).cumsum(0, dtype=torch.int32)
     graphs: dict[str, torch.fx.GraphModule] = {}
 
-    def keep(name: str) -> Callable[..., Any]:
-        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs[name] = graph
-            return make_boxed_func(graph.forward)
-
-        return compiler
-
-    backend = aot_autograd(
-        fw_compiler=keep("forward"),
-        bw_compiler=keep("backward"),
-        partition_fn=min_cut_rematerialization_partition,
-    )
-
-    @torch.compile(fullgraph=True, backend=backend)
+    @torch.compile(fullgraph=True, backend=noting(graphs))
     def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.grouped_mm(x, weight, offs=ends)
 
@@ -91,12 +74,8 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
         kernels.impl("_scaled_grouped_mm", zeros_of_groups, "CPU", allow_override=True)
         multiply(tokens(COUNTS, inner).requires_grad_(), weight).sum().backward()
 
-    def of_weights(name: str) -> int:
-        """How many ops of fp8dist are called on a weight, a matrix of bytes."""
-        ops = [node for node in graphs[name].graph.nodes if "fp8dist" in str(node.target)]
-        return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
-
-    assert (of_weights("forward"), of_weights("backward")) == ((0, 1) if transposed else (1, 0))
+    found = [ops_of_weights(graphs[name]) for name in ("forward", "backward")]
+    assert found == ([0, 1] if transposed else [1, 0])
     # What arrived of the weight is kept, and nothing else of that size. (MXFP8's scales are.)
     output, *kept = graphs["forward"].graph.output_node().args[0]
     assert output.meta["val"].shape == (sum(COUNTS), outer)

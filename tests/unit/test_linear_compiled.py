@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from fp8dist import Float8Config, Float8Linear, kernels, numerics
 from fp8dist.config import RECIPES, Recipe
 from fp8dist.tensors.float8_tensor import Float8Tensor
+from tests.unit.graphs import noting, ops_of_weights
 
 K = 64
 CPP_COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
@@ -196,28 +195,11 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
         monkeypatch.setattr(kernels.ops, "in_kernels", lambda _: False)
     graphs: dict[str, torch.fx.GraphModule] = {}
 
-    def keep(name: str) -> Callable[..., Any]:
-        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs[name] = graph
-            return make_boxed_func(graph.forward)
-
-        return compiler
-
-    backend = aot_autograd(
-        fw_compiler=keep("forward"),
-        bw_compiler=keep("backward"),
-        partition_fn=min_cut_rematerialization_partition,
-    )
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    compiled = torch.compile(block, fullgraph=True, backend=noting(graphs))
     compiled(seeded(64, 512, seed=1).requires_grad_()).sum().backward()
 
-    def of_weights(name: str) -> int:
-        """How many ops of fp8dist are called on a weight, a matrix of bytes."""
-        ops = [node for node in graphs[name].graph.nodes if "fp8dist" in str(node.target)]
-        return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
-
-    assert of_weights("forward") == 0
-    assert of_weights("backward") == len(weights), "what grad_input multiplies by"
+    assert ops_of_weights(graphs["forward"]) == 0
+    assert ops_of_weights(graphs["backward"]) == len(weights), "what grad_input multiplies by"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,33 @@
+"""The forward and the backward that the compiler makes of a function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+
+
+def noting(graphs: dict[str, torch.fx.GraphModule]) -> Callable[..., Any]:
+    """A backend for `torch.compile` that parts them as inductor does, runs both as they are, and
+    puts them into graphs, by name.
+    """
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            graphs[name] = graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    return aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+
+def ops_of_weights(graph: torch.fx.GraphModule) -> int:
+    """How many ops of fp8dist are called on a weight, a matrix of bytes."""
+    ops = [node for node in graph.graph.nodes if "fp8dist" in str(node.target)]
+    return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
