@@ -84,3 +84,22 @@ def test_buffers_count_until_they_are_resized(mesh: DeviceMesh) -> None:
         assert observer.peak_of_buffers == 120 + 120 + 400
         assert observer.live_bytes() == 0
         del second, third
+
+
+def test_casts_of_experts(mesh: DeviceMesh) -> None:
+    """What finds amaxes first reads twice; tokens with a factor read that, too."""
+    ops, ends = torch.ops.fp8dist, torch.tensor([40, 64], dtype=torch.int32)
+    x, factor = torch.ones(64, 32, dtype=torch.bfloat16), torch.ones(2, 32)
+    data, scale = torch.ones(128, 32).to(torch.float8_e4m3fn), torch.ones(128, 1)
+    for op, given, reads in (
+        (ops.quantize_groups, (x, ends, True, data.dtype, factor), 2),
+        (ops.pad_groups, (x, ends, 64), 1),
+        (ops.rescale_each, (data, scale, (1, 32), 64, (32, 1), "e8m0", None), 1),
+    ):
+        with Observer(mesh) as observer:
+            out = op.default(*given)
+        read, written = (
+            sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+            for tensors in (given, out)
+        )
+        assert observer.casts_of_experts == reads * read + written
