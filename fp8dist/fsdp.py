@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from fp8dist.tensors.placement import join
-from fp8dist.tensors.sharded_weight import check_reshard, is_sharded, weights_of
+from fp8dist.tensors.sharded_weight import is_sharded, prepare_groups, weights_of
 from fp8dist.tensors.weight_state import WeightState, cast_payloads, update_scales
 
 Weight = tuple[WeightState, DTensor]
@@ -92,7 +92,7 @@ def precompute_float8_dynamic_scale_for_fsdp(
     """
     roots = _roots(module)
     for root in roots:
-        check_reshard(root)
+        prepare_groups(root)
     for group, weights in _by_group(list(_sharded_weights(roots))).items():
         states = [state for state, _ in weights]
         params = [param for _, param in weights]
@@ -123,7 +123,7 @@ def register_precompute_hook(
     """
     roots = _roots(module)
     for root in roots:
-        check_reshard(root)
+        prepare_groups(root)
 
     def after_step(*_: Any) -> None:
         precompute_float8_dynamic_scale_for_fsdp(roots)

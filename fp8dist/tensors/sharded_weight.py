@@ -23,6 +23,7 @@ from fp8dist.tensors.float8_tensor import (
     is_view,
     scales_by_use,
 )
+from fp8dist.tensors.one_rank import keep_gradients_in_place
 from fp8dist.tensors.placement import matrix_size
 from fp8dist.tensors.weight_state import WeightState, make_current
 
@@ -42,24 +43,30 @@ def is_sharded(param: torch.Tensor | None) -> bool:
     return isinstance(param, DTensor) and isinstance(param._local_tensor, Float8ShardedWeight)
 
 
-_checked_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_prepared_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def check_reshard(root: nn.Module | None) -> None:
-    """Refuse `reshard_after_forward=<int>`, for which FSDP2 has no extension hooks.
+def prepare_groups(root: nn.Module | None) -> None:
+    """Once, of a model that has float8 weights: see to FSDP2's groups of parameters.
+
+    `reshard_after_forward=<int>` is refused, for which FSDP2 has no extension hooks, and gradients
+    of a rank alone stay in place, see [Note: gradients of one rank] in `one_rank`.
 
     Raises:
         ValueError: a module under root that FSDP2 reshards to a smaller mesh.
     """
-    if root is None or root in _checked_roots:
+    if root is None or root in _prepared_roots:
         return
-    has_float8 = False
+    groups, has_float8 = [], False
     for fqn, module in root.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         # FSDP2 has no public getter; `_fsdp_param_group` is there in torch 2.11 to 2.13.
         group = module._get_fsdp_state()._fsdp_param_group
-        if group is None or not any(is_sharded(p.sharded_param) for p in group.fsdp_params):
+        if group is None:
+            continue
+        groups.append(group)
+        if not any(is_sharded(p.sharded_param) for p in group.fsdp_params):
             continue
         has_float8 = True
         if group.post_forward_mesh_info not in (None, group.mesh_info):
@@ -69,7 +76,9 @@ def check_reshard(root: nn.Module | None) -> None:
                 "False, or Float8Config(enable_fsdp_float8_all_gather=False)"
             )
     if has_float8:  # before fully_shard there was nothing to see yet
-        _checked_roots.add(root)
+        for group in groups:
+            keep_gradients_in_place(group)
+        _prepared_roots.add(root)
 
 
 # Ops whose result is a new place for the parameter: FSDP2 and `to_empty` move one with them.
@@ -255,7 +264,7 @@ class Float8ShardedWeight(torch.Tensor):
         if not isinstance(param, DTensor):
             raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
         if state.seen is None:
-            check_reshard(state.root())
+            prepare_groups(state.root())
         state.check_buffer()
         state.set_gathered(True)
         make_current(state, param)

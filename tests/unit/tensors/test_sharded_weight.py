@@ -667,7 +667,7 @@ def test_reshard_to_a_part_of_the_mesh_is_looked_for_once_per_root(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = converted(mesh)
-    sharded_weight.check_reshard(model)
+    sharded_weight.prepare_groups(model)
     monkeypatch.setattr(nn.Module, "named_modules", lambda *_: pytest.fail("looked again"))
-    sharded_weight.check_reshard(model)
-    sharded_weight.check_reshard(None)
+    sharded_weight.prepare_groups(model)
+    sharded_weight.prepare_groups(None)
