@@ -6,11 +6,14 @@ Variants, the first of which is what the others are compared to:
 
     bf16                        nothing converted
     torchao:RECIPE[+ag]         torchao; +ag: with its float8 all-gather (tensorwise only)
-    fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
-                                all three matmuls
+    fp8dist:RECIPE[-ag|-cache][+fa]
+                                fp8dist; -ag: gather in high precision, -cache: cast at each gather
+                                and keep no payload, +fa: fast accumulation in all three matmuls
 
-A row is the median tokens/s of a rank, the ratio to the first row, the peak of allocated memory,
-the last loss, and what the first step took, compilation included. (The first variant's has the
+A row is the median tokens/s of a rank, the ratio to the first row, the peaks of allocated memory
+and of what the allocator held for it, the last loss, and what the first step took, compilation
+included. --memory-budget tells the compiler how much of what it would keep for backward it may,
+as a part of 1 (torch._functorch.config.activation_memory_budget). (The first variant's has the
 device's start-up too; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is
 timed only if its first loss is that of the first variant, to 1 %, and falls. The output layer is
 never converted. With more ranks than GPUs NCCL takes each rank for a host of its own and talks over
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench_model import Decoder, Shape
@@ -61,19 +65,30 @@ class Variant:
     library: str
     recipe: str
     gather: bool
+    cache: bool
     fast_accum: bool
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
         if name == "bf16":
-            return cls(name, "bf16", "", gather=False, fast_accum=False)
+            return cls(name, "bf16", "", gather=False, cache=False, fast_accum=False)
         if match := re.fullmatch(r"torchao:(\w+)(\+ag)?", name):
             if match[2] and match[1] != "tensorwise":
                 raise ValueError(f"{name}: torchao gathers in float8 for tensorwise only")
-            return cls(name, "torchao", match[1], gather=bool(match[2]), fast_accum=False)
-        if match := re.fullmatch(r"fp8dist:(\w+)(-ag)?(\+fa)?", name):
-            return cls(name, "fp8dist", match[1], gather=not match[2], fast_accum=bool(match[3]))
-        raise ValueError(f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag][+fa]")
+            gather = bool(match[2])
+            return cls(name, "torchao", match[1], gather=gather, cache=False, fast_accum=False)
+        if match := re.fullmatch(r"fp8dist:(\w+)(-ag|-cache)?(\+fa)?", name):
+            return cls(
+                name,
+                "fp8dist",
+                match[1],
+                gather=match[2] != "-ag",
+                cache=match[2] != "-cache",
+                fast_accum=bool(match[3]),
+            )
+        raise ValueError(
+            f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag|-cache][+fa]"
+        )
 
     def convert(self, model: nn.Module) -> Callable[[nn.Module], None] | None:
         """Convert in place; returns what to call after each optimizer step."""
@@ -89,6 +104,7 @@ class Variant:
             config = library.Float8Config(
                 recipe_name=self.recipe,
                 enable_fsdp_float8_all_gather=self.gather,
+                cache_payload=self.cache,
                 fast_accum=True if self.fast_accum else None,
             )
         else:
@@ -107,14 +123,18 @@ class Row:
     tokens_per_second: float
     ratio: float
     peak_gib: float | None
+    reserved_gib: float | None
     loss: float
     first_step_seconds: float
 
     def __str__(self) -> str:
-        peak = "   n/a" if self.peak_gib is None else f"{self.peak_gib:6.2f}"
+        peak, reserved = (
+            "   n/a" if gib is None else f"{gib:6.2f}" for gib in (self.peak_gib, self.reserved_gib)
+        )
         return (
             f"{self.variant:28s} {self.tokens_per_second:9.0f} tok/s/rank  x{self.ratio:.3f}  "
-            f"peak {peak} GiB  loss {self.loss:.4f}  first step {self.first_step_seconds:.1f} s"
+            f"peak {peak} GiB of {reserved}  loss {self.loss:.4f}  "
+            f"first step {self.first_step_seconds:.1f} s"
         )
 
 
@@ -160,8 +180,8 @@ class Training:
         """One optimizer step; returns the loss of its last microbatch."""
         for remaining in reversed(range(self.microbatches)):
             self.model.set_requires_gradient_sync(remaining == 0)
-            logits = self.model(self.tokens).flatten(0, 1).float()
-            loss = F.cross_entropy(logits, self.labels)
+            # No name for the logits, which would keep 1 GiB of them in backward.
+            loss = F.cross_entropy(self.model(self.tokens).flatten(0, 1).float(), self.labels)
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -215,10 +235,14 @@ def measure(
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     seconds, losses = zip(*(training.timed_step() for _ in range(args.steps)), strict=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
+    peak, reserved = (
+        (torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)
+        if CUDA
+        else (None, None)
+    )
     rate = args.microbatches * args.batch * args.seq / statistics.median(seconds)
     baseline = rate if first is None else first.row.tokens_per_second
-    row = Row(variant.name, rate, rate / baseline, peak, losses[-1].item(), first_step)
+    row = Row(variant.name, rate, rate / baseline, peak, reserved, losses[-1].item(), first_step)
     return Measured(row, kernel_report(training) if args.profile else "", warm_up)
 
 
@@ -238,6 +262,7 @@ def parse_arguments() -> argparse.Namespace:
         "steps": 10,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--memory-budget", type=float, default=1.0, help="default 1")
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
@@ -248,6 +273,7 @@ def main() -> None:
     args = parse_arguments()
     names = args.variants.split(",")
     variants = {name: Variant.parse(name) for name in names}
+    torch._functorch.config.activation_memory_budget = args.memory_budget
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     compare(names, lambda name, first: measure(variants[name], args, mesh, first), args)

@@ -17,7 +17,12 @@ SIZES = (
 
 
 def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
-    variants = ["bf16", "torchao:tensorwise", "fp8dist:tensorwise", "fp8dist:tensorwise-ag+fa"]
+    variants = [
+        "bf16",
+        "torchao:tensorwise",
+        "fp8dist:tensorwise-cache",
+        "fp8dist:tensorwise-ag+fa",
+    ]
     saved = tmp_path / "rows.json"
     run = run_program(
         "bench_step",
