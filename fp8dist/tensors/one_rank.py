@@ -1,7 +1,9 @@
 """`InPlaceReduceScatter`: gradients of a rank that shards with no other, which stay in place."""
 
 import math
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
@@ -10,44 +12,49 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 # [Note: gradients of one rank]
 # Where a group of parameters has one rank, and no replicas, FSDP2 lays its gradients out in one
-# buffer, copies that to another and gives the parameters views of the copy: 8 bytes an element, in
-# memory of its own, since the copy is made on the stream of reductions. Both buffers come from the
-# group's reduce-scatter, which FSDP2 lets others replace (`set_custom_reduce_scatter`). Here the
-# second is the first, and `copy_` of a tensor to itself does nothing.
+# buffer, copies that to another and gives the parameters views of the copy: twice the gradients'
+# bytes, and memory of its own, since the copy is made on the stream of reductions. Both buffers
+# come from the group's reduce-scatter, which FSDP2 lets others replace
+# (`set_custom_reduce_scatter`). Here the second is the first, and `copy_` of a tensor to itself
+# does nothing. It has nothing to do with float8, and takes as long with any recipe.
 #
-# The first is allocated on the stream of backward, so no kernel on another stream may use it, as it
-# could still do when backward's stream has that memory for something else. Where there would be
-# one, because gradients are divided, cast, added to earlier ones, moved to the host or handed to a
-# hook of the user's, there are two buffers as before.
+# The first is memory of backward's stream, which may give it to another tensor as soon as it is
+# freed, whatever other streams are still to do with it. So where FSDP2 has more to do with new
+# gradients than the copy, because they are divided, cast, added to earlier ones, moved to the host
+# or handed to a hook of the user's, there are two buffers as before. And earlier ones, which are
+# added to on the stream of reductions, are recorded as used there: mostly they are freed after
+# backward's stream has waited for that, but not where a hook frees them, or a backward fails.
 
 
 class InPlaceReduceScatter(DefaultReduceScatter):
     """FSDP2's reduce-scatter for a group of one rank; see [Note: gradients of one rank].
 
     Args:
-        group: of the parameters whose gradients this allocates; their shard group has one rank.
+        group: of the parameters whose gradients this allocates; its shard group has one rank.
     """
 
     def __init__(self, group: FSDPParamGroup) -> None:
         self._group = group
-        self._input: torch.Tensor | None = None
+        self._input: weakref.ref[torch.Tensor] | None = None  # which FSDP2 holds, unless it failed
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """An empty tensor; on the stream of reductions, the last one that was empty elsewhere."""
-        streams = self._group.comm_ctx.device_handle
-        is_output = streams.current_stream() == self._group.comm_ctx.reduce_scatter_stream
-        if not is_output:
-            self._input = super().allocate(size, dtype=dtype, device=device)
-            return self._input
-        given, self._input = self._input, None
-        if given is None or given.numel() != math.prod(size) or self._goes_on(dtype):
+        context = self._group.comm_ctx
+        if context.device_handle.current_stream() != context.reduce_scatter_stream:
+            tensor = super().allocate(size, dtype=dtype, device=device)
+            self._input = weakref.ref(tensor)
+            return tensor
+        given = None if self._input is None else self._input()
+        self._input = None
+        if given is None or given.numel() != math.prod(size) or self._is_used_again(dtype):
+            self._record_earlier()
             return super().allocate(size, dtype=dtype, device=device)
         return given
 
-    def _goes_on(self, dtype: torch.dtype) -> bool:
-        """Whether anything is done to gradients of this dtype before the parameters have them."""
+    def _is_used_again(self, dtype: torch.dtype) -> bool:
+        """Whether FSDP2 has more to do with new gradients of this dtype on streams of its own."""
         group = self._group
         return (
             dtype != group._orig_dtype
@@ -60,6 +67,12 @@ class InPlaceReduceScatter(DefaultReduceScatter):
                 for parameter in group.fsdp_params
             )
         )
+
+    def _record_earlier(self) -> None:
+        for parameter in self._group.fsdp_params:
+            earlier: Any = parameter.sharded_param.grad
+            if earlier is not None and earlier.device.type != "cpu":
+                earlier._local_tensor.record_stream(self._group.comm_ctx.reduce_scatter_stream)
 
 
 def keep_gradients_in_place(group: FSDPParamGroup) -> None:

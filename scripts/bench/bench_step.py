@@ -6,18 +6,16 @@ Variants, the first of which is what the others are compared to:
 
     bf16                        nothing converted
     torchao:RECIPE[+ag]         torchao; +ag: with its float8 all-gather (tensorwise only)
-    fp8dist:RECIPE[-ag|-cache][+fa]
-                                fp8dist; -ag: gather in high precision, -cache: cast at each gather
-                                and keep no payload, +fa: fast accumulation in all three matmuls
+    fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
+                                all three matmuls
 
 A row is the median tokens/s of a rank, the ratio to the first row, the peaks of allocated memory
 and of what the allocator held for it, the last loss, and what the first step took, compilation
-included. --memory-budget tells the compiler how much of what it would keep for backward it may,
-as a part of 1 (torch._functorch.config.activation_memory_budget). (The first variant's has the
-device's start-up too; TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is
-timed only if its first loss is that of the first variant, to 1 %, and falls. The output layer is
-never converted. With more ranks than GPUs NCCL takes each rank for a host of its own and talks over
-loopback sockets, so bytes weigh as on a slow network:
+included. (The first variant's has the device's start-up too;
+TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles everything anew.) A variant is timed only if its first
+loss is that of the first variant, to 1 %, and falls. The output layer is never converted. With more
+ranks than GPUs NCCL takes each rank for a host of its own and talks over loopback sockets, so bytes
+weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
         --layers 4 --dim 2048 --ffn 7168 --seq 2048 --vocab 2048
@@ -49,6 +47,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fp8dist.tensors.one_rank import keep_gradients_in_place
+
 DEFAULT_VARIANTS = (
     "bf16,torchao:tensorwise,torchao:tensorwise+ag,torchao:rowwise,fp8dist:tensorwise"
 )
@@ -65,32 +65,23 @@ class Variant:
     library: str
     recipe: str
     gather: bool
-    cache: bool
     fast_accum: bool
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
         if name == "bf16":
-            return cls(name, "bf16", "", gather=False, cache=False, fast_accum=False)
+            return cls(name, "bf16", "", gather=False, fast_accum=False)
         if match := re.fullmatch(r"torchao:(\w+)(\+ag)?", name):
             if match[2] and match[1] != "tensorwise":
                 raise ValueError(f"{name}: torchao gathers in float8 for tensorwise only")
-            gather = bool(match[2])
-            return cls(name, "torchao", match[1], gather=gather, cache=False, fast_accum=False)
-        if match := re.fullmatch(r"fp8dist:(\w+)(-ag|-cache)?(\+fa)?", name):
-            return cls(
-                name,
-                "fp8dist",
-                match[1],
-                gather=match[2] != "-ag",
-                cache=match[2] != "-cache",
-                fast_accum=bool(match[3]),
-            )
-        raise ValueError(
-            f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag|-cache][+fa]"
-        )
+            return cls(name, "torchao", match[1], gather=bool(match[2]), fast_accum=False)
+        if match := re.fullmatch(r"fp8dist:(\w+)(-ag)?(\+fa)?", name):
+            return cls(name, "fp8dist", match[1], gather=not match[2], fast_accum=bool(match[3]))
+        raise ValueError(f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag][+fa]")
 
-    def convert(self, model: nn.Module) -> Callable[[nn.Module], None] | None:
+    def convert(
+        self, model: nn.Module, cache_payload: bool = True
+    ) -> Callable[[nn.Module], None] | None:
         """Convert in place; returns what to call after each optimizer step."""
         if self.library == "torchao":
             import torchao.float8 as library
@@ -104,7 +95,7 @@ class Variant:
             config = library.Float8Config(
                 recipe_name=self.recipe,
                 enable_fsdp_float8_all_gather=self.gather,
-                cache_payload=self.cache,
+                cache_payload=cache_payload,
                 fast_accum=True if self.fast_accum else None,
             )
         else:
@@ -157,13 +148,16 @@ class Training:
         torch.manual_seed(0)
         with torch.device("meta"):
             self.model = Decoder(Shape(args.vocab, args.dim, args.layers, args.ffn))
-        self.after_step = variant.convert(self.model)
+        self.after_step = variant.convert(self.model, not args.no_cache)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self.model.layers:
             if not args.no_compile:
                 layer.compile(fullgraph=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        if args.in_place:
+            for module in (self.model, *self.model.layers):
+                keep_gradients_in_place(module._get_fsdp_state()._fsdp_param_group)
         self.model.to_empty(device=DEVICE)
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -180,7 +174,7 @@ class Training:
         """One optimizer step; returns the loss of its last microbatch."""
         for remaining in reversed(range(self.microbatches)):
             self.model.set_requires_gradient_sync(remaining == 0)
-            # No name for the logits, which would keep 1 GiB of them in backward.
+            # The logits have no name here, which would keep them until backward ends.
             loss = F.cross_entropy(self.model(self.tokens).flatten(0, 1).float(), self.labels)
             loss.backward()
         self.optimizer.step()
@@ -262,11 +256,30 @@ def parse_arguments() -> argparse.Namespace:
         "steps": 10,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--memory-budget", type=float, default=1.0, help="default 1")
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
+    parser.add_argument(
+        "--memory-budget",
+        type=float,
+        default=1.0,
+        help="how much of what it would keep for backward the compiler may keep, of 1 (default): "
+        "torch._functorch.config.activation_memory_budget",
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="fp8dist casts at each gather and keeps no payload"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="spare every variant the copy of one rank's gradients, as fp8dist spares itself",
+    )
     parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 <= args.memory_budget <= 1:
+        parser.error(f"--memory-budget is {args.memory_budget}: give a part of 1")
+    if args.no_compile and args.memory_budget < 1:
+        parser.error("--memory-budget is for the compiler: leave out --no-compile")
+    return args
 
 
 def main() -> None:

@@ -4,11 +4,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch._functorch.config
+from torch.distributed.device_mesh import init_device_mesh
 
+from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.unit.bench.program import load_program, run_program
 
 SIZES = (
@@ -17,12 +21,7 @@ SIZES = (
 
 
 def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
-    variants = [
-        "bf16",
-        "torchao:tensorwise",
-        "fp8dist:tensorwise-cache",
-        "fp8dist:tensorwise-ag+fa",
-    ]
+    variants = ["bf16", "torchao:tensorwise", "fp8dist:tensorwise", "fp8dist:tensorwise-ag+fa"]
     saved = tmp_path / "rows.json"
     run = run_program(
         "bench_step",
@@ -51,6 +50,61 @@ def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
     with mock.patch.object(sys, "argv", ["bench_step", f"--variants=bf16,{name}"]):
         with pytest.raises(ValueError, match=f"^{re.escape(name)}: "):
             program.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--memory-budget=1.5", "give a part of 1"),
+        ("--memory-budget=0.5 --no-compile", "leave out"),
+    ],
+)
+def test_refuses_a_budget_that_means_nothing(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load_program("bench_step")
+    with mock.patch.object(sys, "argv", ["bench_step", *flags.split()]):
+        with pytest.raises(SystemExit):
+            program.main()
+    assert message in capsys.readouterr().err
+
+
+def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
+    program = load_program("bench_step")
+    sizes = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32"
+    made: list[Any] = []
+
+    def compare(names: list[str], measure: Any, args: Any) -> None:
+        mesh = init_device_mesh(DEVICE, (1,))
+        training = program.Training(program.Variant.parse(variant), args, mesh)
+        layer = training.model.layers[0]
+        made.append(layer.attention.wq)
+        made.append(layer._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm)
+
+    with (
+        mock.patch.object(sys, "argv", ["bench_step", *sizes.split(), *flags.split()]),
+        mock.patch.object(program, "init_distributed"),
+        mock.patch.object(program, "compare", compare),
+        torch._functorch.config.patch(activation_memory_budget=1.0),
+    ):
+        program.main()
+        budget = torch._functorch.config.activation_memory_budget
+    layer, comm = made
+    cached = layer.config.cache_payload if hasattr(layer, "config") else None
+    return type(comm).__name__, cached, budget
+
+
+@pytest.mark.parametrize(
+    ("variant", "flags", "expected"),
+    [
+        ("bf16", "", ("DefaultReduceScatter", None, 1.0)),
+        ("bf16", "--in-place", ("InPlaceReduceScatter", None, 1.0)),
+        ("fp8dist:rowwise", "--memory-budget=0.5", ("DefaultReduceScatter", True, 0.5)),
+        ("fp8dist:rowwise", "--no-cache", ("DefaultReduceScatter", False, 1.0)),
+    ],
+)
+def test_flags(variant: str, flags: str, expected: tuple[Any, ...]) -> None:
+    assert run_on_ranks(1, what_flags_do, variant, flags) == [expected]
 
 
 def test_other_losses_than_the_first_variants_are_wrong() -> None:

@@ -1,5 +1,7 @@
 """Gradients of a rank that shards with no other: the same, and copied only where they must be."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +11,12 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
-from tests.distributed.harness import run_on_ranks
+import fp8dist
+from fp8dist.tensors.one_rank import InPlaceReduceScatter
+from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.toy import (
     batch_of,
     convert,
@@ -156,22 +160,135 @@ def test_without_float8() -> None:
     assert run_on_ranks(1, without_float8) == [True]
 
 
-def other_orders() -> tuple[list[int], list[int]]:
+def without_float8_gathers() -> bool:
+    config = fp8dist.Float8Config(enable_fsdp_float8_all_gather=False)
+    model = float8_model(mesh_of(1), config)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    return not_taken_over(model, batch_of(0))
+
+
+def test_without_float8_gathers() -> None:
+    assert run_on_ranks(1, without_float8_gathers) == [True]
+
+
+def precompute_around_sharding() -> set[bool]:
+    model = new_model()
+    convert(model)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)  # sees no group yet
+    shard(model, mesh_of(1))
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    return backward(model, batch_of(0))
+
+
+def test_precompute_before_the_first_forward() -> None:
+    assert run_on_ranks(1, precompute_around_sharding) == [{True}]
+
+
+def other_orders() -> list[int]:
+    """Of one size: (reductions' stream), (backward's, reductions', reductions'), (backward's twice,
+    reductions'), and reductions' after another size on backward's.
+    """
+    model = float8_model(mesh_of(1))
+    loss_of(model, batch_of(0)).backward()
+    model.zero_grad()
+    group = model._get_fsdp_state()._fsdp_param_group
+    buffers: list[torch.Tensor] = []
+
+    def allocate(size: int = 4, reduced: bool = False) -> None:
+        comm, context = group._reduce_scatter_comm, group.comm_ctx
+        stream = context.reduce_scatter_stream if reduced else None
+        with context.device_handle.stream(stream):
+            buffers.append(comm.allocate((size,), dtype=torch.float32, device=group.device))
+
+    allocate(reduced=True)
+    for _ in range(2):
+        allocate()
+    for _ in range(2):
+        allocate(reduced=True)
+    allocate(5)
+    allocate(reduced=True)
+    places = [buffer.data_ptr() for buffer in buffers]
+    return [places.index(place) for place in places]
+
+
+def test_other_orders_of_allocations() -> None:
+    """Memory is shared by what reductions allocate with the last before it, of that size, only."""
+    assert run_on_ranks(1, other_orders) == [[0, 1, 2, 2, 4, 5, 6]]
+
+
+def freed_after_a_failure() -> bool:
+    loss = loss_of(float8_model(mesh_of(1)), batch_of(0))
+    buffers = []
+
+    def fail(gradients: Any, buffer: torch.Tensor, world: int) -> None:
+        buffers.append(weakref.ref(buffer))
+        raise torch.OutOfMemoryError
+
+    with mock.patch.object(_fsdp_collectives, "foreach_reduce_scatter_copy_in", fail):
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+    gc.collect()
+    return buffers[0]() is None
+
+
+def test_a_failure_leaves_no_buffer_behind() -> None:
+    assert run_on_ranks(1, freed_after_a_failure) == [True]
+
+
+@dataclass
+class Gradient:
+    """What is called of a gradient that lies on a device."""
+
+    device: torch.device = torch.device("cuda")
+    recorded: list[Any] = field(default_factory=list)
+
+    @property
+    def _local_tensor(self) -> "Gradient":
+        return self
+
+    def record_stream(self, stream: Any) -> None:
+        self.recorded.append(stream)
+
+
+def test_gradients_that_are_added_to_are_recorded_as_used() -> None:
+    """Else a hook that frees one gives memory away that the stream of reductions is writing to."""
+    handle = mock.Mock()
+    group = mock.Mock(_orig_dtype=torch.float32, gradient_divide_factor=None, _all_reduce_hook=None)
+    group.comm_ctx.device_handle = handle
+    earlier = [Gradient(), Gradient(torch.device("cpu"))]
+    group.fsdp_params = [
+        mock.Mock(offload_to_cpu=False, sharded_param=mock.Mock(grad=grad)) for grad in earlier
+    ]
+    comm = InPlaceReduceScatter(group)
+    how: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    laid_out = comm.allocate((4,), **how)
+    assert [gradient.recorded for gradient in earlier] == [[], []]
+    handle.current_stream.return_value = group.comm_ctx.reduce_scatter_stream
+    assert comm.allocate((4,), **how).data_ptr() != laid_out.data_ptr()
+    assert [g.recorded for g in earlier] == [[group.comm_ctx.reduce_scatter_stream], []]
+
+
+def freed_by_a_hook() -> bool:
+    """Whether memory of a gradient that a hook frees is given away while it is being written to."""
     model = float8_model(mesh_of(1))
     loss_of(model, batch_of(0)).backward()
     group = model._get_fsdp_state()._fsdp_param_group
-    how: dict[str, Any] = {"dtype": torch.float32, "device": group.device}
-    model.zero_grad()
-    with group.device_handle.stream(group.comm_ctx.reduce_scatter_stream):
-        buffers = [group._reduce_scatter_comm.allocate((3,), **how)]
-    buffers.append(group._reduce_scatter_comm.allocate((4,), **how))
-    buffers.append(group._reduce_scatter_comm.allocate((5,), **how))
-    with group.device_handle.stream(group.comm_ctx.reduce_scatter_stream):
-        buffers += [group._reduce_scatter_comm.allocate((size,), **how) for size in (6, 5)]
-    return [buffer.numel() for buffer in buffers], [buffer.data_ptr() for buffer in buffers]
+    places = {p.grad.to_local().untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {p.grad.to_local().untyped_storage().nbytes() for p in model.parameters()}
+    loss = loss_of(model, batch_of(0))
+    with torch.cuda.stream(group.comm_ctx.reduce_scatter_stream):
+        torch.cuda._sleep(2_000_000_000)  # a second, for all that is to come on this stream
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
+    loss.backward()
+    taken = [torch.empty(size, dtype=torch.uint8, device=DEVICE) for size in sizes for _ in "123"]
+    return not places.isdisjoint(t.untyped_storage().data_ptr() for t in taken)
 
 
-def test_other_orders_of_allocations_share_no_memory() -> None:
-    [(sizes, places)] = run_on_ranks(1, other_orders)
-    assert sizes == [3, 4, 5, 6, 5]
-    assert len(set(places)) == 5
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no streams")
+def test_memory_that_a_hook_frees_is_not_given_away() -> None:
+    assert run_on_ranks(1, freed_by_a_hook) == [False]
