@@ -85,13 +85,18 @@ class Observer(TorchDispatchMode):
 
     Args:
         unreduced: gives the gradients that wait for others, to be reduced with them.
+        in_place: says whether they become the gradients' shards where FSDP2 lays them out.
     """
 
     def __init__(
-        self, mesh: DeviceMesh, unreduced: Callable[[], Iterable[torch.Tensor]] = tuple
+        self,
+        mesh: DeviceMesh,
+        unreduced: Callable[[], Iterable[torch.Tensor]] = tuple,
+        in_place: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.unreduced = unreduced
+        self.in_place = in_place
         self.phase = ""
         self.calls: Counter[Collective] = Counter()
         self.handed: Counter[Collective] = Counter()
@@ -162,6 +167,8 @@ class Observer(TorchDispatchMode):
             used = ()  # shards; gradients' shards
         elif name == "_reduce_scatter_base_":
             used = args[1]  # args[0] becomes the gradients' shards
+        elif name == "chunk_cat" and self.in_place():
+            used = args  # as does `out`
         for tensor in (*_tensors(used), *self.unreduced()):
             self._buffers[tensor.untyped_storage()] = None
         # FSDP resizes storages to 0, which no operator tells.

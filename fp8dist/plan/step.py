@@ -16,6 +16,7 @@ import fp8dist
 from fp8dist import kernels
 from fp8dist.plan.observe import Collective, Observer
 from fp8dist.plan.operands import Operands
+from fp8dist.tensors.one_rank import InPlaceReduceScatter
 from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.train import parallelize
 from fp8dist.train.config import JobConfig
@@ -105,7 +106,7 @@ def step(
     precompute()
     tokens, targets = batch()
     operands = Operands(merged=job.compile.enable and "model" in job.compile.components)
-    with Observer(mesh, lambda: _unreduced(model)) as observer:
+    with Observer(mesh, lambda: _unreduced(model), lambda: _in_place(model)) as observer:
         observer.phase = "forward"
         with kernels.watched(by=operands):
             logits = model(tokens)
@@ -185,6 +186,14 @@ def _unreduced(model: nn.Module) -> Iterator[torch.Tensor]:
             gathered = not isinstance(param, DTensor) or param.device_mesh.mesh_dim_names == ("tp",)
             if gathered and param.grad is not None:
                 yield _local(param.grad)
+
+
+def _in_place(model: Llama) -> bool:
+    """Whether gradients stay in place: see [Note: gradients of one rank] in `one_rank`."""
+    group = model._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]  # FSDP2's, to mypy
+    return isinstance(group._reduce_scatter_comm, InPlaceReduceScatter) and not any(
+        parameter.offload_to_cpu for parameter in group.fsdp_params
+    )
 
 
 def _compute_dtype(job: JobConfig) -> torch.dtype:

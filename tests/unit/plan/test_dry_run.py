@@ -156,6 +156,16 @@ def test_one_rank_gathers_nothing(recipe: str) -> None:
     found = dry(job_of("--training.global_batch_size=2", recipe=recipe), 1)
     assert found.microbatches == 2  # and so a second unshard
     assert sum(sent_by_purpose(found).values()) == found.gathered == found.passes.copies == 0
+    # A block's gradients are laid out where they stay, not in a buffer.
+    base = dry(job_of("--training.global_batch_size=2", recipe=BASE), 1)
+    laid_out = FP32 * (padded(LINEARS, 1) + padded(NORMS, 1))
+    assert found.memory["unsharded"] == base.memory["unsharded"] - laid_out
+
+
+def test_one_rank_that_offloads_has_buffers() -> None:
+    flags = ("--training.global_batch_size=2", "--training.enable_cpu_offload")
+    found, base = (dry(job_of(*flags, recipe=recipe), 1) for recipe in ("tensorwise", BASE))
+    assert found.memory["unsharded"] == base.memory["unsharded"]
 
 
 def test_scales_that_are_not_precomputed_are_those_of_the_first_microbatch() -> None:
