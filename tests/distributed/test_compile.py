@@ -1,16 +1,28 @@
 """Blocks compiled one by one under FSDP2: no graph breaks, no recompiles, the same losses."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fp8dist
 from tests.distributed.harness import DEVICE, needs_compiler, run_on_ranks
-from tests.distributed.toy import RECIPE_NAMES, convert, mesh_of, new_model, shard, train
+from tests.distributed.toy import (
+    RECIPE_NAMES,
+    convert,
+    local_batch,
+    loss_of,
+    mesh_of,
+    new_model,
+    same_bits,
+    shard,
+    train,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,45 @@ def test_the_graph_computes_what_eager_does(variant: Variant) -> None:
     world = 2 if variant.recipe in ("tensorwise", "rowwise") else 1
     for compiled, eager in run_on_ranks(world, compiled_and_eager, variant, world):
         assert compiled == eager
+
+
+def trained_within(budget: float, recipe: str) -> tuple[Any, int]:
+    """Losses and gradients of three steps, and the bytes that the next forward keeps."""
+    torch._dynamo.reset()
+    model = new_model(layers=1)
+    convert(model, recipe)
+    for layer in model.layers:
+        # Divides forward from backward as inductor does, and computes as aot_eager.
+        layer.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, mesh_of(2), mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    fp8dist.register_precompute_hook(optimizer, model)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        history = train(model, optimizer, 3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of(model, local_batch(3))
+    return history, sum(kept.values())
+
+
+def with_less_memory(recipe: str) -> tuple[bool, int, int]:
+    (history, kept), (with_less, kept_of_less) = (trained_within(b, recipe) for b in (1.0, 0.4))
+    return same_bits(history, with_less), kept, kept_of_less
+
+
+# What they keep of an input: float8 by one scale, the input, float8 by many.
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp", "mxfp8_rceil"])
+def test_what_the_compiler_computes_again_is_the_same(recipe: str) -> None:
+    for same, kept, kept_of_less in run_on_ranks(2, with_less_memory, recipe):
+        assert same
+        assert kept_of_less < 0.9 * kept  # else the budget has done nothing
 
 
 def test_uneven_shards() -> None:
