@@ -1,5 +1,7 @@
 """A converted layer that FSDP2 shards over one rank."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,6 +11,7 @@ import fp8dist
 from fp8dist import Float8Config
 
 N, K = 48, 32
+INPUT = torch.randn(5, K, generator=torch.Generator().manual_seed(9))
 
 
 def hp_weight(seed: int = 0) -> torch.Tensor:
@@ -27,3 +30,10 @@ def sharded(
 
 def shard_of(layer: nn.Module) -> torch.Tensor:
     return layer.weight._local_tensor._tensor
+
+
+def converted(mesh: DeviceMesh | None = None, **config: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K, bias=False))
+    fp8dist.convert_to_float8_training(model, config=Float8Config(**config))
+    return model if mesh is None else fully_shard(model, mesh=mesh)
