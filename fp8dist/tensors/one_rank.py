@@ -18,12 +18,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 # (`set_custom_reduce_scatter`). Here the second is the first, and `copy_` of a tensor to itself
 # does nothing. It has nothing to do with float8, and takes as long with any recipe.
 #
-# The first is memory of backward's stream, which may give it to another tensor as soon as it is
-# freed, whatever other streams are still to do with it. So where FSDP2 has more to do with new
-# gradients than the copy, because they are divided, cast, added to earlier ones, moved to the host
-# or handed to a hook of the user's, there are two buffers as before. And earlier ones, which are
-# added to on the stream of reductions, are recorded as used there: mostly they are freed after
-# backward's stream has waited for that, but not where a hook frees them, or a backward fails.
+# The first is memory of backward's stream, as gradients are without FSDP2, which may give it to
+# another tensor as soon as it is freed, whatever other streams are still to do with it. So where
+# FSDP2 has more to do with new gradients than the copy, because they are divided, cast, added to
+# earlier ones, moved to the host or handed to a hook of the user's, there are two buffers as
+# before. And earlier ones, which are added to on the stream of reductions, are recorded as used
+# there: mostly they are freed after backward's stream has waited for that, but not where a hook
+# frees them, or a backward fails.
 
 
 class InPlaceReduceScatter(DefaultReduceScatter):
