@@ -15,7 +15,6 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_g
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import fp8dist
-from fp8dist.tensors.one_rank import InPlaceReduceScatter
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.toy import (
     batch_of,
@@ -184,38 +183,6 @@ def test_precompute_before_the_first_forward() -> None:
     assert run_on_ranks(1, precompute_around_sharding) == [{True}]
 
 
-def other_orders() -> list[int]:
-    """Of one size: (reductions' stream), (backward's, reductions', reductions'), (backward's twice,
-    reductions'), and reductions' after another size on backward's.
-    """
-    model = float8_model(mesh_of(1))
-    loss_of(model, batch_of(0)).backward()
-    model.zero_grad()
-    group = model._get_fsdp_state()._fsdp_param_group
-    buffers: list[torch.Tensor] = []
-
-    def allocate(size: int = 4, reduced: bool = False) -> None:
-        comm, context = group._reduce_scatter_comm, group.comm_ctx
-        stream = context.reduce_scatter_stream if reduced else None
-        with context.device_handle.stream(stream):
-            buffers.append(comm.allocate((size,), dtype=torch.float32, device=group.device))
-
-    allocate(reduced=True)
-    for _ in range(2):
-        allocate()
-    for _ in range(2):
-        allocate(reduced=True)
-    allocate(5)
-    allocate(reduced=True)
-    places = [buffer.data_ptr() for buffer in buffers]
-    return [places.index(place) for place in places]
-
-
-def test_other_orders_of_allocations() -> None:
-    """Memory is shared by what reductions allocate with the last before it, of that size, only."""
-    assert run_on_ranks(1, other_orders) == [[0, 1, 2, 2, 4, 5, 6]]
-
-
 def freed_after_a_failure() -> bool:
     loss = loss_of(float8_model(mesh_of(1)), batch_of(0))
     buffers = []
@@ -233,39 +200,6 @@ def freed_after_a_failure() -> bool:
 
 def test_a_failure_leaves_no_buffer_behind() -> None:
     assert run_on_ranks(1, freed_after_a_failure) == [True]
-
-
-@dataclass
-class Gradient:
-    """What is called of a gradient that lies on a device."""
-
-    device: torch.device = torch.device("cuda")
-    recorded: list[Any] = field(default_factory=list)
-
-    @property
-    def _local_tensor(self) -> "Gradient":
-        return self
-
-    def record_stream(self, stream: Any) -> None:
-        self.recorded.append(stream)
-
-
-def test_gradients_that_are_added_to_are_recorded_as_used() -> None:
-    """Else a hook that frees one gives memory away that the stream of reductions is writing to."""
-    handle = mock.Mock()
-    group = mock.Mock(_orig_dtype=torch.float32, gradient_divide_factor=None, _all_reduce_hook=None)
-    group.comm_ctx.device_handle = handle
-    earlier = [Gradient(), Gradient(torch.device("cpu"))]
-    group.fsdp_params = [
-        mock.Mock(offload_to_cpu=False, sharded_param=mock.Mock(grad=grad)) for grad in earlier
-    ]
-    comm = InPlaceReduceScatter(group)
-    how: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-    laid_out = comm.allocate((4,), **how)
-    assert [gradient.recorded for gradient in earlier] == [[], []]
-    handle.current_stream.return_value = group.comm_ctx.reduce_scatter_stream
-    assert comm.allocate((4,), **how).data_ptr() != laid_out.data_ptr()
-    assert [g.recorded for g in earlier] == [[group.comm_ctx.reduce_scatter_stream], []]
 
 
 def freed_by_a_hook() -> bool:
