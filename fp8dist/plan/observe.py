@@ -85,14 +85,15 @@ class Observer(TorchDispatchMode):
 
     Args:
         unreduced: gives the gradients that wait for others, to be reduced with them.
-        in_place: says whether they become the gradients' shards where FSDP2 lays them out.
+        in_place: says whether gradients that are reduced in a dtype become the gradients' shards
+            where FSDP2 lays them out.
     """
 
     def __init__(
         self,
         mesh: DeviceMesh,
         unreduced: Callable[[], Iterable[torch.Tensor]] = tuple,
-        in_place: Callable[[], bool] = lambda: False,
+        in_place: Callable[[torch.dtype], bool] = lambda dtype: False,
     ) -> None:
         super().__init__()
         self.unreduced = unreduced
@@ -167,7 +168,7 @@ class Observer(TorchDispatchMode):
             used = ()  # shards; gradients' shards
         elif name == "_reduce_scatter_base_":
             used = args[1]  # args[0] becomes the gradients' shards
-        elif name == "chunk_cat" and self.in_place():
+        elif name == "chunk_cat" and self.in_place(kwargs["out"].dtype):
             used = args  # as does `out`
         for tensor in (*_tensors(used), *self.unreduced()):
             self._buffers[tensor.untyped_storage()] = None

@@ -1,5 +1,6 @@
 """A training step, observed: what a rank hands to the communication backend, and what it holds."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -106,7 +107,8 @@ def step(
     precompute()
     tokens, targets = batch()
     operands = Operands(merged=job.compile.enable and "model" in job.compile.components)
-    with Observer(mesh, lambda: _unreduced(model), lambda: _in_place(model)) as observer:
+    in_place = functools.partial(_in_place, model)
+    with Observer(mesh, lambda: _unreduced(model), in_place) as observer:
         observer.phase = "forward"
         with kernels.watched(by=operands):
             logits = model(tokens)
@@ -188,12 +190,11 @@ def _unreduced(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield _local(param.grad)
 
 
-def _in_place(model: Llama) -> bool:
+def _in_place(model: Llama, dtype: torch.dtype) -> bool:
     """Whether gradients stay in place: see [Note: gradients of one rank] in `one_rank`."""
     group = model._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]  # FSDP2's, to mypy
-    return isinstance(group._reduce_scatter_comm, InPlaceReduceScatter) and not any(
-        parameter.offload_to_cpu for parameter in group.fsdp_params
-    )
+    comm = group._reduce_scatter_comm
+    return isinstance(comm, InPlaceReduceScatter) and not comm.copies(dtype)
 
 
 def _compute_dtype(job: JobConfig) -> torch.dtype:

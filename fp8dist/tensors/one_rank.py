@@ -49,13 +49,13 @@ class InPlaceReduceScatter(DefaultReduceScatter):
             return tensor
         given = None if self._input is None else self._input()
         self._input = None
-        if given is None or given.numel() != math.prod(size) or self._is_used_again(dtype):
+        if given is None or given.numel() != math.prod(size) or self.copies(dtype):
             self._record_earlier()
             return super().allocate(size, dtype=dtype, device=device)
         return given
 
-    def _is_used_again(self, dtype: torch.dtype) -> bool:
-        """Whether FSDP2 has more to do with new gradients of this dtype on streams of its own."""
+    def copies(self, dtype: torch.dtype) -> bool:
+        """Whether new gradients of this dtype are copied, as FSDP2 has more to do with them."""
         group = self._group
         return (
             dtype != group._orig_dtype

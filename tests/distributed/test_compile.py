@@ -14,6 +14,7 @@ import fp8dist
 from tests.distributed.harness import DEVICE, needs_compiler, run_on_ranks
 from tests.distributed.toy import (
     RECIPE_NAMES,
+    Llama,
     convert,
     local_batch,
     loss_of,
@@ -36,8 +37,9 @@ class Variant:
     param_dtype: torch.dtype | None = None
 
 
-def losses_of(variant: Variant, world: int, compiled: bool) -> list[float]:
-    """Of 4 steps; what is compiled at all is so in the first two."""
+def build(
+    variant: Variant, world: int, compiled: bool = True
+) -> tuple[Llama, torch.optim.Optimizer]:
     torch._dynamo.reset()
     counters.clear()
     model = new_model(layers=variant.layers, recompute=variant.recompute)
@@ -49,6 +51,12 @@ def losses_of(variant: Variant, world: int, compiled: bool) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if variant.precompute:
         fp8dist.register_precompute_hook(optimizer, model)
+    return model, optimizer
+
+
+def losses_of(variant: Variant, world: int, compiled: bool) -> list[float]:
+    """Of 4 steps; what is compiled at all is so in the first two."""
+    model, optimizer = build(variant, world, compiled)
     history = train(model, optimizer, 2)
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -90,16 +98,9 @@ def test_the_graph_computes_what_eager_does(variant: Variant) -> None:
 
 def trained_within(budget: float, recipe: str) -> tuple[Any, int]:
     """Losses and gradients of three steps, and the bytes that the next forward keeps."""
-    torch._dynamo.reset()
-    model = new_model(layers=1)
-    convert(model, recipe)
-    for layer in model.layers:
-        # Divides forward from backward as inductor does, and computes as aot_eager.
-        layer.compile(backend="aot_eager_decomp_partition", fullgraph=True)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    shard(model, mesh_of(2), mp_policy=policy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    fp8dist.register_precompute_hook(optimizer, model)
+    # Divides forward from backward as inductor does, and computes as aot_eager.
+    backend = "aot_eager_decomp_partition"
+    model, optimizer = build(Variant(recipe, backend, param_dtype=torch.bfloat16), 2)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

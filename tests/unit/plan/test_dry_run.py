@@ -162,8 +162,9 @@ def test_one_rank_gathers_nothing(recipe: str) -> None:
     assert found.memory["unsharded"] == base.memory["unsharded"] - laid_out
 
 
-def test_one_rank_that_offloads_has_buffers() -> None:
-    flags = ("--training.global_batch_size=2", "--training.enable_cpu_offload")
+@pytest.mark.parametrize("flag", ["--training.enable_cpu_offload", "--training.dtype=bfloat16"])
+def test_one_rank_that_copies_its_gradients_has_buffers(flag: str) -> None:
+    flags = ("--training.global_batch_size=2", flag)
     found, base = (dry(job_of(*flags, recipe=recipe), 1) for recipe in ("tensorwise", BASE))
     assert found.memory["unsharded"] == base.memory["unsharded"]
 

@@ -38,7 +38,7 @@ class Group:
             )
             for gradient in earlier
         ]
-        self.comm: Any = InPlaceReduceScatter(self)  # type: ignore[arg-type]  # a stand-in
+        self.comm: Any = InPlaceReduceScatter(self)
 
     def allocate(self, size: int, stream: str) -> torch.Tensor:
         self.comm_ctx.device_handle.current_stream.return_value = stream

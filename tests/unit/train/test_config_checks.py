@@ -221,7 +221,7 @@ class TestRefusedValues:
 
     def test_names_and_numbers_set_in_python_are_checked_too(self):
         config = JobConfig()
-        config.activation_checkpoint.mode = "selctive"  # type: ignore[assignment]
+        config.activation_checkpoint.mode = "selctive"
         with pytest.raises(ValueError, match="did you mean 'selective'"):
             validate(config)
 
