@@ -12,13 +12,37 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 from triton.knobs import HookChain, runtime
 
 from fp8dist.kernels import triton_kernels as kernels
-from fp8dist.kernels.layout import Cast, Sizes, cdiv, contiguous_strides, kind_of, sizes_of
+from fp8dist.kernels.layout import (
+    WIDEST_ROWS,
+    Cast,
+    Sizes,
+    cdiv,
+    contiguous_strides,
+    kind_of,
+    sizes_of,
+)
 
 # The largest number of each is 1.75 times 2 to this power.
 FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 # What was fastest on an H200: rows and columns of a tile, how many tiles, one below the other, a
-# program takes, and its warps. Amaxes of columns pay for few and tall programs.
-_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8), (64, 128, 4, 4)
+# program takes if that leaves enough programs, its warps, and how many tiles are on their way or at
+# hand at once. Amaxes of columns pay for tall programs.
+_AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8, 1), (64, 64, 4, 4, 3)
+_FEWEST_PROGRAMS = 512  # some for each multiprocessor
+
+
+def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
+    """What was fastest on an H200 for a cast by tiles: rows and columns, warps, and registers of a
+    thread.
+
+    Left alone, ptxas takes more of the last, and fewer programs fit a multiprocessor. In a tile as
+    high as a block of 32 the one warp waits for no other.
+    """
+    if cast.transposed_block == (32, 1):
+        return (32, 128, 1, 128) if cast.block is None else (32, 64, 1, 128)
+    if (cast.block, cast.transposed_block) == ((1, 128), (128, 1)):
+        return 128, 128, 8, 128
+    return 128, 128, 4 if given else 8, None
 
 
 # [Note: launching]
@@ -142,27 +166,33 @@ def _plan(
     kind, t_kind = kind_of(a), kind_of(b)
     by = "none" if inverse is None else "row" if inverse[0] == 1 else "own"
     exponent = FLOAT8_EXPONENT[float8_dtype]
-    bm, bn, steps, warps = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
+    bm, bn, steps, warps, stages = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
+    while steps > 1 and cdiv(m, bm * steps) * cdiv(n, bn) < _FEWEST_PROGRAMS:
+        steps //= 2
     wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
     find = _Launch(
         kernels.amax_kernel,
         (cdiv(m, bm * steps), cdiv(n, bn), 1),
         (m, n, stride),
-        (by == "row", *wanted, bm, bn, steps),
+        (by == "row", *wanted, bm, bn, steps, stages),
         {"num_warps": warps},
     )
     if kind == "row" and t_kind == "none":
-        constants = (exponent, scale_format, 1024)
+        whole = n <= WIDEST_ROWS
+        bn = max(128, 1 << (n - 1).bit_length()) if whole else 1024
+        bm = 2 if bn <= 4096 and whole else 1
         by_rows = _Launch(
-            kernels.quantize_rows_kernel, (m, 1, 1), (m, n, stride), constants, {"num_warps": 4}
+            kernels.quantize_rows_kernel,
+            (cdiv(m, bm), 1, 1),
+            (m, n, stride),
+            (exponent, scale_format, bm, bn, whole),
+            {"num_warps": 4 if bn <= 4096 else 8},
         )
         return _Plan(sizes, amaxes, find, True, by_rows)
-    # Left alone, ptxas takes 156 registers for two orientations of blocks, and a multiprocessor has
-    # those of one program only.
-    registers = {"maxnreg": 128} if (a, b) == ((1, 128), (128, 1)) else {}
+    bm, bn, warps, registers = _cast_tile(cast, given)
     by_tiles = _Launch(
         kernels.quantize_kernel,
-        (cdiv(m_padded, 128), cdiv(n, 128), 1),
+        (cdiv(m_padded, bm), cdiv(n, bn), 1),
         (m, n, m_padded, stride, *((1, 1) if inverse is None else inverse[1:])),
         (
             exponent,
@@ -174,10 +204,10 @@ def _plan(
             t_kind,
             b[0] if b is not None and t_kind == "own" else 1,
             given,
-            128,
-            128,
+            bm,
+            bn,
         ),
-        {"num_warps": 4 if given else 8, **registers},
+        {"num_warps": warps, **({} if registers is None else {"maxnreg": registers})},
     )
     return _Plan(sizes, amaxes, find, False, by_tiles)
 

@@ -17,6 +17,22 @@ def _abs_bits(x):
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@triton.jit
+def _abs_bits_as_stored(x):
+    """Of bfloat16 the 16 bits that it has, which keep the order as well, in half the registers; see
+    `_widened`.
+    """
+    if x.dtype == tl.bfloat16:
+        return x.to(tl.int16, bitcast=True) & 0x7FFF
+    else:
+        return _abs_bits(x)
+
+
+@triton.jit
+def _widened(bits, STORED: tl.constexpr):
+    return bits.to(tl.int32) << 16 if STORED == tl.bfloat16 else bits
+
+
 # [Note: powers of two by bits]
 # Scales that are powers of two need no division, which costs a kernel as much as its memory
 # traffic. Both formats have float8_max = 1.75 * 2^FLOAT8_EXPONENT. An amax of m * 2^e (1 <= m < 2)
@@ -35,17 +51,15 @@ def amax_to_scale(bits, FLOAT8_EXPONENT: tl.constexpr, FORMAT: tl.constexpr):
         return ((7 << (FLOAT8_EXPONENT - 2)) / amax).to(tl.float32)
     if FORMAT == "power_of_2":
         bits = tl.maximum(bits, 0x2B8CBCCC)  # 1e-12
-    over = tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
-    if FORMAT == "power_of_2":
-        scale = ((254 + FLOAT8_EXPONENT - (bits >> 23)) - over) << 23
-        scale = tl.where(bits == 0x7F800000, 0, scale)
-    else:
-        # The biased exponent of amax / float8_max, rounded up. Quotients that are subnormal round
-        # up to 1, those that are 0 in float32 to 0: an amax of 1.75 * 2^-142, or less for e5m2.
-        exponent = (bits >> 23) + over - FLOAT8_EXPONENT
-        exponent = tl.maximum(exponent, tl.where(bits > (7 << (FLOAT8_EXPONENT - 3)), 1, 0))
-        exponent = tl.where(bits == 0x7F800000, 254, exponent)
-        scale = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
+    exponent = (bits + 0x1FFFFF) & 0x7F800000  # a mantissa above 1.75 carries; not shifted down
+    if FORMAT == "e8m0":
+        # Of amax / float8_max, rounded up. Quotients that are subnormal round up to 1, those that
+        # are 0 in float32 to 0: an amax of 1.75 * 2^-142, or less for e5m2.
+        least = FLOAT8_EXPONENT << 23
+        subnormal = bits > (7 << (FLOAT8_EXPONENT - 3))
+        exponent = tl.maximum(exponent, tl.where(subnormal, least + (1 << 23), least))
+    scale = 0x7F000000 - exponent + (FLOAT8_EXPONENT << 23)
+    scale = tl.where(bits == 0x7F800000, 0 if FORMAT == "power_of_2" else 1 << 22, scale)
     return tl.where(bits > 0x7F800000, 0x7FC00000, scale).to(tl.float32, bitcast=True)
 
 
@@ -68,19 +82,24 @@ def _raise_amaxes(
     WANT_COLUMN: tl.constexpr,
     WANT_TENSOR: tl.constexpr,
     WANT_BLOCK: tl.constexpr,
+    IN_ONE_BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Raise amaxes, int32 bits, to those of STEPS times BM rows and BN columns of x; BY_ROW: of x
-    times an inverse scale per row.
+    times an inverse scale per row. STAGES: of so many steps rows are in shared memory, or on their
+    way there.
 
-    Blocks are of 128 x 128, of the matrix of which x is the rows from row_start on.
+    Blocks are of 128 x 128, of the matrix of which x is the rows from row_start on; IN_ONE_BLOCK:
+    all those rows are in the same blocks.
     """
     columns = first_column + tl.arange(0, BN)
     column_mask = columns < N
-    most = tl.zeros((BM, BN), dtype=tl.int32)
-    for step in range(STEPS):
+    STORED: tl.constexpr = tl.float32 if BY_ROW else x_ptr.dtype.element_ty
+    most = tl.zeros((BM, BN), dtype=tl.int16 if STORED == tl.bfloat16 else tl.int32)
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = first_row + step * BM + tl.arange(0, BM)
         row_mask = rows < M
         mask = row_mask[:, None] & column_mask[None, :]
@@ -89,21 +108,31 @@ def _raise_amaxes(
         if BY_ROW:
             inverse = tl.load(inverse_ptr + rows, mask=row_mask, other=1.0)
             x = x.to(tl.float32) * inverse[:, None]
-        bits = _abs_bits(x)
+        bits = _abs_bits_as_stored(x)
         most = tl.maximum(most, bits)
         if WANT_ROW:
-            tl.atomic_max(row_ptr + rows, tl.max(bits, 1), mask=row_mask, sem="relaxed")
-        if WANT_BLOCK:
-            of_block = tl.max(tl.reshape(bits, (BM, BN // 128, 128)), 2)
+            of_rows = _widened(tl.max(bits, 1), STORED)
+            tl.atomic_max(row_ptr + rows, of_rows, mask=row_mask, sem="relaxed")
+        if WANT_BLOCK and not IN_ONE_BLOCK:
+            of_blocks = _widened(tl.max(tl.reshape(bits, (BM, BN // 128, 128)), 2), STORED)
             block_columns = first_column // 128 + tl.arange(0, BN // 128)
             count = tl.cdiv(N, 128)
             index = ((rows + row_start) // 128 * count)[:, None] + block_columns[None, :]
             in_matrix = row_mask[:, None] & (block_columns < count)[None, :]
-            tl.atomic_max(block_ptr + index, of_block, mask=in_matrix, sem="relaxed")
+            tl.atomic_max(block_ptr + index, of_blocks, mask=in_matrix, sem="relaxed")
+    if WANT_BLOCK and IN_ONE_BLOCK:
+        of_rows_of_blocks = tl.max(tl.reshape(most, (BM, BN // 128, 128)), 2)
+        of_blocks = _widened(tl.max(of_rows_of_blocks, 0), STORED)
+        block_columns = first_column // 128 + tl.arange(0, BN // 128)
+        count = tl.cdiv(N, 128)
+        index = (first_row + row_start) // 128 * count + block_columns
+        tl.atomic_max(block_ptr + index, of_blocks, mask=block_columns < count, sem="relaxed")
     if WANT_COLUMN:
-        tl.atomic_max(column_ptr + columns, tl.max(most, 0), mask=column_mask, sem="relaxed")
+        of_columns = _widened(tl.max(most, 0), STORED)
+        tl.atomic_max(column_ptr + columns, of_columns, mask=column_mask, sem="relaxed")
     if WANT_TENSOR:
-        tl.atomic_max(tensor_ptr, tl.max(tl.max(most, 1), 0), sem="relaxed")
+        of_tensor = _widened(tl.max(tl.max(most, 1), 0), STORED)
+        tl.atomic_max(tensor_ptr, of_tensor, sem="relaxed")
 
 
 @triton.jit
@@ -121,6 +150,7 @@ def amax_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Amaxes of the (M, N) matrix x, or, BY_ROW, of x times inverse scales of rows, as int32 bits,
     into a buffer that is zero before.
@@ -147,9 +177,11 @@ def amax_kernel(
         WANT_COLUMN,
         WANT_TENSOR,
         False,
+        False,
         BM,
         BN,
         STEPS,
+        STAGES,
     )
 
 
@@ -210,8 +242,12 @@ def quantize_kernel(
     columns = pid_n * BN + tl.arange(0, BN)
     row_mask, column_mask = rows < M, columns < N
     mask = row_mask[:, None] & column_mask[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    offsets = rows[:, None] * x_stride + columns[None, :]
+    if X_INVERSE == "own":
+        # Nothing, but that Triton does not know: so it loads 8 bytes at once instead of 16, and a
+        # thread has twice the rows, half the columns and half their scales.
+        offsets += tl.program_id(2) * 8
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if X_INVERSE == "row":
         x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
     if X_INVERSE == "own" and X_BLOCK == BN:
@@ -224,8 +260,8 @@ def quantize_kernel(
             mask=row_mask[:, None] & (blocks < N // X_BLOCK)[None, :],
             other=1.0,
         )
-        x_inverse = tl.broadcast_to(x_inverse[:, :, None], (BM, BN // X_BLOCK, X_BLOCK))
-        x = x * tl.reshape(x_inverse, (BM, BN))
+        tile = tl.reshape(x, (BM, BN // X_BLOCK, X_BLOCK))
+        x = tl.reshape(tile * x_inverse[:, :, None], (BM, BN))
 
     if KIND != "none":
         if KIND == "tensor":
@@ -312,25 +348,38 @@ def quantize_rows_kernel(
     stride,
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
+    BM: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Cast x (M, N) by the scales of its rows: a program takes a row, which it reads twice, the
-    second time from the cache.
+    """Cast x (M, N) by the scales of its rows: a program takes BM whole rows, of up to BN columns,
+    or, not WHOLE, one, which it reads twice, the second time from the cache.
     """
-    row = tl.program_id(0).to(tl.int64)
-    most = tl.zeros((BN,), dtype=tl.int32)
-    for start in range(0, N, BN):
-        columns = start + tl.arange(0, BN)
-        x = tl.load(x_ptr + row * stride + columns, mask=columns < N, other=0.0)
-        most = tl.maximum(most, _abs_bits(x))
-    scale = amax_to_scale(tl.max(most, 0), FLOAT8_EXPONENT, FORMAT)
-    _store_scale(scale_ptr, row, M, scale, None, FORMAT)
-    for start in range(0, N, BN):
-        columns = start + tl.arange(0, BN)
-        mask = columns < N
-        x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
-        scaled = (x * scale).to(data_ptr.dtype.element_ty)
-        tl.store(data_ptr + row * N + columns, scaled, mask=mask)
+    if WHOLE:
+        rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+        columns = tl.arange(0, BN)
+        mask = (rows < M)[:, None] & (columns < N)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        scale = amax_to_scale(tl.max(_abs_bits(x), 1), FLOAT8_EXPONENT, FORMAT)
+        _store_scale(scale_ptr, rows, M, scale, rows < M, FORMAT)
+        scaled = (x * scale[:, None]).to(data_ptr.dtype.element_ty)
+        tl.store(data_ptr + rows[:, None] * N + columns[None, :], scaled, mask=mask)
+    else:
+        row = tl.program_id(0).to(tl.int64)
+        most = tl.zeros((BN,), dtype=tl.int32)
+        for start in range(0, N, BN):
+            columns = start + tl.arange(0, BN)
+            x = tl.load(x_ptr + row * stride + columns, mask=columns < N, other=0.0)
+            most = tl.maximum(most, _abs_bits(x))
+        scale = amax_to_scale(tl.max(most, 0), FLOAT8_EXPONENT, FORMAT)
+        _store_scale(scale_ptr, row, M, scale, None, FORMAT)
+        for start in range(0, N, BN):
+            columns = start + tl.arange(0, BN)
+            mask = columns < N
+            x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+            scaled = (x * scale).to(data_ptr.dtype.element_ty)
+            tl.store(data_ptr + row * N + columns, scaled, mask=mask)
 
 
 @triton.jit

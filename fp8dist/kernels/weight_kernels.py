@@ -37,9 +37,11 @@ def fill_amaxes_kernel(
     WANT_COLUMN: tl.constexpr,
     WANT_TENSOR: tl.constexpr,
     WANT_BLOCK: tl.constexpr,
+    IN_ONE_BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Raise amaxes to those of matrices; see `_raise_amaxes` and [Note: many matrices in one
     launch]. For rows, too, a matrix is the rows from row_start on of the one with the amaxes.
@@ -66,9 +68,11 @@ def fill_amaxes_kernel(
         WANT_COLUMN,
         WANT_TENSOR,
         WANT_BLOCK,
+        IN_ONE_BLOCK,
         BM,
         BN,
         STEPS,
+        STAGES,
     )
 
 
@@ -87,6 +91,7 @@ def cast_rows_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write the amaxes of rows of matrices and cast them by those, raise the amaxes of columns or
     of the tensor: x is read once; see [Note: many matrices in one launch].
@@ -104,7 +109,7 @@ def cast_rows_kernel(
     column_mask = columns < N
     most = tl.zeros((BN,), dtype=tl.int32)
     most_of_rows = tl.zeros((BM,), dtype=tl.int32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = (pid - first) * (BM * STEPS) + step * BM + tl.arange(0, BM)
         row_mask = rows < M
         mask = row_mask[:, None] & column_mask[None, :]

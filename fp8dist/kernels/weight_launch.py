@@ -15,11 +15,12 @@ from fp8dist.kernels.layout import cdiv
 from fp8dist.numerics import AmaxPart, CastPart
 
 # What was fastest on an H200: rows and columns of a tile, and its warps.
-_WEIGHT_AMAX_TILE = (8, 512, 4)  # and as many tiles as leave the GPU enough programs
+_WEIGHT_AMAX_TILE = (8, 512, 4)  # twice the rows of 2-byte elements
+_MOST_STEPS, _AMAX_STAGES = 8, 3  # one below the other, as many as leave the GPU enough programs
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
-# Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many elements
-# at a time, or one row.
-_ROWS_TILE = 4096
+# Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
+# a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
+_ROWS_TILE, _ROWS_STAGES = 16384, 4
 
 
 def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int, ...]:
@@ -42,11 +43,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         entries = [_entry(part, alike[0], (ROW, COLUMN, (128, 128), TENSOR)) for part in alike]
         bm, bn, warps = _WEIGHT_AMAX_TILE
         blocks = alike[0].blocks
-        if COLUMN in blocks:
-            bm, most = bm * 4 // x_base.element_size(), 8
-        else:
-            most = 1 if ROW in blocks else 2
-        heights = tuple(bm * steps for steps in (8, 4, 2, 1) if steps <= most)
+        bm = bm * 4 // x_base.element_size()
+        heights = tuple(bm * steps for steps in (_MOST_STEPS, 4, 2, 1))
         table, matrices, height = _table(tuple(entries), heights, bn, _stream(x_base))
         launch_kernel(
             kernels.fill_amaxes_kernel,
@@ -56,9 +54,11 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             (
                 all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
                 *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
+                all(entry[3] % height == 0 for entry in entries),  # a height divides 128
                 bm,
                 bn,
                 height // bm,
+                _AMAX_STAGES,
             ),
             num_warps=warps,
         )
@@ -81,8 +81,9 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
             for part, out in alike
         )
         bn = 1 << (base.x.size(1) - 1).bit_length()
-        bm, warps = max(1, _ROWS_TILE // bn), 4 if bn <= _ROWS_TILE else 8
-        heights = tuple(max(bm, rows) for rows in (64, 32, 16))
+        size = base.x.element_size()
+        bm, warps = max(1, _ROWS_TILE // (bn * size)), 4 if bn <= 4096 else 8
+        heights = tuple(max(bm, rows) for rows in (64, 32, 16, 8, 4))
         table, matrices, height = _table(entries, heights, bn, _stream(base.x))
         launch_kernel(
             kernels.cast_rows_kernel,
@@ -97,6 +98,7 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
                 bm,
                 bn,
                 height // bm,
+                _ROWS_STAGES if size == 2 else 1,
             ),
             num_warps=warps,
         )

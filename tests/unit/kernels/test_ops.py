@@ -50,6 +50,18 @@ def test_quantize_both(name, dtype, content):
                 assert got[1].data.is_contiguous()
 
 
+@pytest.mark.parametrize("scale_format", ["power_of_2", "exact"])
+@pytest.mark.parametrize("columns", [1, 100, 4096, 4100, 16384, 16400, 40000])
+def test_rows_of_any_width(columns, scale_format):
+    """Those that are held in registers, and wider ones."""
+    for content, rows in [("wide", 7), ("nan", 2), ("boundaries", 64)]:
+        if content == "nan" and columns < 6:  # that one has its NaN in
+            continue
+        x = make((rows, columns), content, torch.bfloat16)
+        args = (x, (1, -1), torch.float8_e4m3fn, scale_format)
+        assert_same(kernels.quantize(*args), numerics.quantize(*args))
+
+
 def test_quantize_both_of_a_strided_view():
     recipe = RECIPES["rowwise"]
     whole = make((256, 1024), "normal", torch.bfloat16)
