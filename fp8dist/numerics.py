@@ -245,6 +245,31 @@ def cast_into(parts: Sequence[CastPart]) -> None:
 _CACHED = 2**16  # elements
 
 
+class PackPart(NamedTuple):
+    """A matrix, and where it goes as float8, with its e8m0 scales.
+
+    Args:
+        x: (m, n), not empty, high precision.
+        block: (1, s): so many elements of a row share a scale.
+        float8_dtype: of the elements.
+        out: (m, n + n / s), uint8, rows contiguous: of each row the elements, then the scales.
+    """
+
+    x: torch.Tensor
+    block: Block
+    float8_dtype: torch.dtype
+    out: torch.Tensor
+
+
+def pack_into(parts: Sequence[PackPart]) -> None:
+    """Cast matrices, and write the scales after each row; see [Note: e8m0]."""
+    for x, block, float8_dtype, out in parts:
+        scaled = quantize(x, block, float8_dtype, "e8m0")
+        elements, scales = out.split([x.size(1), x.size(1) // block[1]], dim=1)
+        elements.copy_(scaled.data.view(torch.uint8))
+        scales.copy_(scale_to_exponent(scaled.scale))
+
+
 def _local_scale(part: CastPart) -> torch.Tensor:
     """The scales of a part's elements: one row of them or one per row, and along the row, one or
     one per block of columns.

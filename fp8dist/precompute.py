@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fp8dist import kernels, numerics
 from fp8dist.config import ROW, WHOLE, Block, Recipe
-from fp8dist.numerics import AmaxPart, CastPart
+from fp8dist.numerics import AmaxPart, CastPart, PackPart
 
 Size = tuple[int, int]
 
@@ -326,13 +326,13 @@ def cast_payloads(
         scales: float32, the scales of all of what is gathered; None if a shard is packed.
         payloads: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
     """
-    parts = []
+    parts, packed = [], []
     for shard, scale, payload in zip(shards, scales, payloads, strict=True):
         if shard.data.numel() == 0:
             continue
         rows, recipe = payload[: shard.data.size(0)], shard.recipe
         if scale is None:
-            _pack(shard, rows)
+            packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, rows))
         else:
             out = rows.view(recipe.weight_dtype)
             for first, row, count in shard.spans:
@@ -340,13 +340,4 @@ def cast_payloads(
                 start = (row, shard.start[1])
                 parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
     kernels.cast_into(parts)
-
-
-def _pack(shard: Shard, rows: torch.Tensor) -> None:
-    data, recipe, columns = shard.data, shard.recipe, shard.data.size(1)
-    scaled, _ = kernels.quantize_both(
-        data, recipe.weight, None, recipe.weight_dtype, recipe.scale_format
-    )
-    scaled = numerics.wanted(scaled)
-    rows[:, :columns].copy_(scaled.data.view(torch.uint8))
-    rows[:, columns:].copy_(numerics.scale_to_exponent(scaled.scale))
+    kernels.pack_into(packed)

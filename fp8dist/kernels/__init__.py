@@ -10,7 +10,7 @@ from fp8dist import numerics
 from fp8dist.config import COLUMN, ROW, TENSOR, WHOLE, Block, ScaleFormat
 from fp8dist.kernels import ops
 from fp8dist.kernels.layout import WIDEST_ROWS
-from fp8dist.numerics import AmaxPart, CastPart, Scaled
+from fp8dist.numerics import AmaxPart, CastPart, PackPart, Scaled
 from fp8dist.tracing import is_tracing
 
 if ops.launch is not None:
@@ -153,3 +153,11 @@ def cast_into(parts: Sequence[CastPart]) -> None:
     if for_kernel:
         weight_launch.cast_into(for_kernel)
     numerics.cast_into(others)
+
+
+def pack_into(parts: Sequence[PackPart]) -> None:
+    """See `numerics.pack_into`."""
+    for_kernel, others = _divided(parts, lambda part: _in_rows(part.x))
+    if for_kernel:
+        weight_launch.pack_into(for_kernel)
+    numerics.pack_into(others)

@@ -178,3 +178,44 @@ def cast_kernel(
         scaled = x * tl.load(scale_ptr + scale_at + index, mask=row_mask, other=0.0)[:, None]
     offsets = rows[:, None] * out_stride + columns[None, :]
     tl.store(out_ptr + out_at + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pack_kernel(
+    x_ptr,
+    out_ptr,
+    table_ptr,
+    matrix_ptr,
+    ALIGNED: tl.constexpr,
+    FLOAT8_EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Cast matrices by e8m0 scales of 1 x BLOCK, which are written after each row of what they are
+    cast to; see [Note: many matrices in one launch].
+    """
+    pid = tl.program_id(0)
+    entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 8
+    M, N, stride, _, first, x_at = _matrix(entry, ALIGNED)
+    out_at, out_stride = tl.load(entry + 6), tl.load(entry + 7)
+    if ALIGNED:
+        out_at, out_stride = tl.multiple_of(out_at, 16), tl.multiple_of(out_stride, 16)
+    tiles_n = tl.cdiv(N, BN)
+    rows = (pid - first) // tiles_n * BM + tl.arange(0, BM)
+    first_column = (pid - first) % tiles_n * BN
+    columns = first_column + tl.arange(0, BN)
+    row_mask = rows < M
+    mask = row_mask[:, None] & (columns < N)[None, :]
+    x = tl.load(x_ptr + x_at + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    tile = tl.reshape(x.to(tl.float32), (BM, BN // BLOCK, BLOCK))
+    scale = amax_to_scale(tl.max(_abs_bits(tile), 2), FLOAT8_EXPONENT, "e8m0")
+    scaled = tl.reshape(tile * scale[:, :, None], (BM, BN)).to(out_ptr.dtype.element_ty)
+    out_rows = out_at + rows[:, None] * out_stride
+    tl.store(out_ptr + out_rows + columns[None, :], scaled, mask=mask)
+    # As numerics.scale_to_exponent has it.
+    exponents = (254 - (scale.to(tl.int32, bitcast=True) >> 23)).to(tl.uint8)
+    blocks = first_column // BLOCK + tl.arange(0, BN // BLOCK)
+    bytes_ptr = out_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    wanted = row_mask[:, None] & (blocks < N // BLOCK)[None, :]
+    tl.store(bytes_ptr + out_rows + N + blocks[None, :], exponents, mask=wanted)

@@ -12,11 +12,12 @@ from fp8dist.config import COLUMN, ROW, TENSOR, Block
 from fp8dist.kernels import weight_kernels as kernels
 from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel
 from fp8dist.kernels.layout import cdiv
-from fp8dist.numerics import AmaxPart, CastPart
+from fp8dist.numerics import AmaxPart, CastPart, PackPart
 
 # What was fastest on an H200: rows and columns of a tile, and its warps.
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # twice the rows of 2-byte elements
 _MOST_STEPS, _AMAX_STAGES = 8, 3  # one below the other, as many as leave the GPU enough programs
+_PACK_TILE = (64, 256, 8)
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 # Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
 # a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
@@ -131,6 +132,34 @@ def cast_into(parts: Sequence[CastPart]) -> None:
             (),
             (aligned, kind, block[0] if kind == "block" else 1, bm, bn),
             num_warps=8,
+        )
+
+
+def pack_into(parts: Sequence[PackPart]) -> None:
+    """Twin of `numerics.pack_into`: one launch for all parts alike in dtype and block."""
+    for alike in _alike(
+        parts, lambda part: (part.x.device, part.x.dtype, part.float8_dtype, part.block)
+    ):
+        x_base, block, float8_dtype, out_base = alike[0]
+        bm, bn, warps = _PACK_TILE
+        entries = tuple(
+            (*x.shape, x.stride(0), 0, _place(x, x_base), _place(out, out_base), out.stride(0))
+            for x, _, _, out in alike
+        )
+        table, matrices, _ = _table(entries, (bm,), bn, _stream(x_base))
+        launch_kernel(
+            kernels.pack_kernel,
+            (matrices.size(0), 1, 1),
+            (x_base, out_base.view(float8_dtype), table, matrices),
+            (),
+            (
+                all(e[i] % 16 == 0 for e in entries for i in (1, 2, 4, 5, 6)),
+                FLOAT8_EXPONENT[float8_dtype],
+                block[1],
+                bm,
+                bn,
+            ),
+            num_warps=warps,
         )
 
 

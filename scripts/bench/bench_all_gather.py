@@ -47,7 +47,7 @@ from harness import (
 from torch import nn
 from unsharding import Ranks, Unsharding, expected_bytes, precompute_seconds
 
-from fp8dist.config import RECIPES, recipe
+from fp8dist.config import RECIPES, ROW, recipe
 
 DEFAULT_VARIANTS = ",".join(
     ["bf16", "torchao:tensorwise+ag", *(f"fp8dist:{name}" for name in RECIPES)]
@@ -117,8 +117,8 @@ def measure(variant: Variant, n: int, k: int, options: argparse.Namespace, ranks
     shard = 4 * n * k // ranks.count
     casts, alone = shard + payload, ranks.count == 1
     ours = variant.library == "fp8dist"  # casts in precompute, the others at each unshard
-    # The scales of e8m0 are found within the pass that casts.
-    amaxes = variant.gather and recipe(variant.recipe).scale_format != "e8m0"
+    # Scales of e8m0 and of rows are found within the pass that casts.
+    found_before = variant.gather and recipe(variant.recipe).weight not in (ROW, (1, 32))
     return Row(
         variant.name,
         n,
@@ -126,8 +126,9 @@ def measure(variant: Variant, n: int, k: int, options: argparse.Namespace, ranks
         precompute,
         *stages,
         precompute / options.unshards + sum(stages),
-        precompute_bytes=(shard if amaxes else 0) + (casts if ours else 0),
-        cast_bytes=(0 if ours else casts) + (2 * payload if alone else 0),
+        precompute_bytes=(shard if found_before else 0) + (casts if ours else 0),
+        # With one rank FSDP2 copies what is cast, but not our payloads.
+        cast_bytes=0 if ours else casts + (2 * payload if alone else 0),
         copy_in_bytes=0 if alone else 2 * payload,
         collective_bytes=payload * (ranks.count - 1),
         copy_out_bytes=0 if alone else 2 * payload * ranks.count,

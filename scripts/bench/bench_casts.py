@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             counts.append(max(2, MANY // (shape[0] * shape[1])))
         of_shape = []
         for work, operands in all_works(options.recipes.split(",")).items():
-            for count in counts if work.kind in ("amax", "by rows", "cast") else (1,):
+            for count in counts if work.is_of_many else (1,):
                 try:
                     of_shape += measure(work, operands, shape, count)
                 except WrongResult as error:

@@ -9,7 +9,7 @@ from harness import DEVICE, check_same_bytes
 
 from fp8dist import kernels, numerics
 from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, WHOLE, Block, Recipe, ScaleFormat
-from fp8dist.numerics import AmaxPart, CastPart, Scaled
+from fp8dist.numerics import AmaxPart, CastPart, PackPart, Scaled
 from fp8dist.precompute import scales_size
 
 BLOCK_NAMES = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
@@ -25,8 +25,8 @@ DTYPE_NAMES = {
 class Work:
     """What a kernel does to a matrix, whichever recipe asks for it."""
 
-    # amax, cast, by rows (amaxes, and a cast by those of rows), quantize (amax and cast; one
-    # orientation or both), rescale
+    # amax, cast, by rows (amaxes, and a cast by those of rows), pack (amax and cast, each row's
+    # scales after it), quantize (amax and cast; one orientation or both), rescale
     kind: str
     blocks: tuple[Block | None, ...]
     dtype: torch.dtype  # of the matrix
@@ -43,12 +43,20 @@ class Work:
         if self.kind == "by rows":
             formats = f"{DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
             return f"amax ({blocks}) and cast by rows of {formats}"
+        if self.kind == "pack":
+            formats = f"{DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
+            return f"amax and cast ({blocks}) of {formats} and scales"
         if self.kind == "rescale":
             moved = "" if self.is_transpose else " + shift"
             return f"transpose{moved} ({blocks.replace(', ', ' to ')})"
         both = "amax and cast, two orientations" if None not in self.blocks else "amax and cast"
         what = "cast" if self.kind == "cast" else both
         return f"{what} ({blocks}) of {DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
+
+    @property
+    def is_of_many(self) -> bool:
+        """Whether it is done to all weights of a model at once."""
+        return self.kind in ("amax", "by rows", "cast", "pack")
 
     @property
     def is_transpose(self) -> bool:
@@ -68,7 +76,7 @@ def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
     for dtype in (torch.float32, torch.bfloat16):
         common = (dtype, recipe.weight_dtype, recipe.scale_format)
         if mx:
-            works.append((Work("quantize", (recipe.weight, None), *common), "weight"))
+            works.append((Work("pack", (recipe.weight,), *common), "weight"))
         else:
             blocks = tuple(dict.fromkeys(weight_blocks))
             if recipe.weight == ROW:
@@ -186,6 +194,36 @@ def cast_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     return Case(lambda: kernels.cast_into(found), check, reads, sum(p.out.nbytes for p in found))
 
 
+def pack_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
+    (block,) = work.blocks
+    if block is None:
+        raise AssertionError("a cast has a block")
+    columns = matrices[0].size(1)
+
+    def parts() -> list[PackPart]:
+        return [
+            PackPart(
+                x,
+                block,
+                work.float8_dtype,
+                x.new_empty((x.size(0), columns + columns // block[1]), dtype=torch.uint8),
+            )
+            for x in matrices
+        ]
+
+    found = parts()
+
+    def check() -> None:
+        expected = parts()
+        kernels.pack_into(found)
+        numerics.pack_into(expected)
+        for a, b in zip(found, expected, strict=True):
+            check_same_bytes(a.out, b.out, "float8 data and scales")
+
+    reads = sum(x.nbytes for x in matrices)
+    return Case(lambda: kernels.pack_into(found), check, reads, sum(p.out.nbytes for p in found))
+
+
 def quantize_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     (x,), (block, transposed_block) = matrices, work.blocks
 
@@ -247,6 +285,7 @@ def check_all_bytes(
 _CASES = {
     "amax": amax_case,
     "by rows": amax_case,
+    "pack": pack_case,
     "cast": cast_case,
     "quantize": quantize_case,
     "rescale": rescale_case,
@@ -254,6 +293,6 @@ _CASES = {
 
 
 def case_of(work: Work, shape: tuple[int, int], count: int) -> Case:
-    """Work on `count` matrices of a shape; more than one for "amax", "by rows" and "cast" only."""
+    """Work on `count` matrices of a shape; more than one where `is_of_many` only."""
     dtype = torch.float32 if work.kind == "rescale" else work.dtype
     return _CASES[work.kind](work, [matrix(*shape, dtype) for _ in range(count)])

@@ -53,9 +53,11 @@ def test_times_and_bytes_of_every_part_on_two_ranks(tmp_path: Path) -> None:
         assert row["collective_bytes"] == payload
         assert row["copy_in_bytes"] == 2 * payload
         assert row["copy_out_bytes"] == 4 * payload
-        # A shard of float32 is read for its amaxes and to be cast, either here or there.
+        # A shard of float32 is read to be cast, either here or there, and for amaxes before that,
+        # but for those of blocks within rows.
         casts = 2 * elements + payload
-        amaxes = 0 if row["variant"] == "bf16" or "mxfp8" in row["variant"] else 2 * elements
+        before = any(name in row["variant"] for name in ("tensorwise", "blockwise"))
+        amaxes = 2 * elements if before else 0
         ours = row["variant"].startswith("fp8dist")
         assert row["precompute_bytes"] == amaxes + (casts if ours else 0)
         assert row["cast_bytes"] == (0 if ours else casts)
@@ -69,6 +71,23 @@ def test_times_and_bytes_of_every_part_on_two_ranks(tmp_path: Path) -> None:
     drawn = run_program("plot_phases", str(saved), str(picture))
     assert drawn.returncode == 0, drawn.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_rank_copies_no_payload(tmp_path: Path) -> None:
+    saved = tmp_path / "rows.json"
+    run = run_program(
+        "bench_all_gather",
+        "--variants=bf16,fp8dist:rowwise",
+        f"--rows={N}",
+        f"--columns={K}",
+        "--calls=1",
+        f"--json={saved}",
+        ranks=1,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = json.loads(saved.read_text())["rows"]
+    # In bfloat16 the shard is cast, and that is copied.
+    assert [row["cast_bytes"] for row in rows] == [(4 + 2 + 4) * N * K, 0]
 
 
 def test_bars_are_as_long_as_an_unshard_takes() -> None:

@@ -38,7 +38,7 @@ def test_times_what_every_recipe_needs(
             expected |= {"transpose" if same_blocks else "transpose + shift"}
             assert expected <= named
         assert any("grad_output" in row["operands"] for row in rows)
-        assert any(row["shape"] == "3 of 128x256" for row in rows) == ("mx" not in recipe)
+        assert any(row["shape"] == "3 of 128x256" for row in rows)
     for row in report["rows"]:
         seconds = row["microseconds"] / 1e6
         assert row["tb_per_second"] == pytest.approx(row["megabytes"] / 1e6 / seconds)
@@ -73,10 +73,17 @@ def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fill_amaxes", "cast_into", "quantize_both", "rescale_transposed"]
+    "name, recipe",
+    [
+        ("fill_amaxes", "rowwise"),
+        ("cast_into", "rowwise"),
+        ("pack_into", "mxfp8_rceil"),
+        ("quantize_both", "rowwise"),
+        ("rescale_transposed", "rowwise"),
+    ],
 )
 def test_what_is_wrong_is_not_timed(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = getattr(numerics, name)
 
@@ -89,7 +96,7 @@ def test_what_is_wrong_is_not_timed(
         found = right(*arguments)
         if name == "fill_amaxes":
             found = arguments[0][-1].amaxes[-1]
-        if name == "cast_into":
+        if name in ("cast_into", "pack_into"):
             found = arguments[0][-1].out
         if isinstance(found, torch.Tensor):
             return found.copy_(flip(found))
@@ -98,13 +105,13 @@ def test_what_is_wrong_is_not_timed(
         return found[0]._replace(data=flip(found[0].data)), found[1]
 
     monkeypatch.setattr(load_program("cast_cases").kernels, name, wrong)
-    assert run("--shapes=128x128", "--recipes=rowwise") == 1
+    assert run("--shapes=128x128", f"--recipes={recipe}") == 1
     lines = capsys.readouterr().out.splitlines()
     wrong_lines = [line for line in lines if "is wrong and not timed" in line]
     assert wrong_lines
     assert all("1 of " in line for line in wrong_lines)
     for line in wrong_lines:
-        assert not any(other.startswith(f"| {line.split(', rowwise')[0]} |") for other in lines)
+        assert not any(other.startswith(f"| {line.split(f', {recipe}:')[0]} |") for other in lines)
 
 
 def test_refuses_shapes_that_blocks_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,11 @@
-"""On a GPU: amaxes and a cast by those of rows, in one pass."""
+"""On a GPU: amaxes and casts in one pass, by scales of rows or of blocks of them."""
 
 import pytest
 import torch
 
 from fp8dist import kernels, numerics
 from fp8dist.config import COLUMN, ROW, TENSOR
-from fp8dist.numerics import AmaxPart
+from fp8dist.numerics import AmaxPart, PackPart
 from fp8dist.precompute import scales_size
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
 
@@ -68,3 +68,27 @@ def test_rows_are_cast_in_one_launch_with_their_amaxes() -> None:
     launch._compiled.clear()
     kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes], out, "power_of_2")])
     assert len(launch._compiled) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_matrices_are_packed_with_their_scales(content, dtype):
+    """All at once, in one launch, and no bytes beside them are written."""
+    for shapes in ([(640, 512), (51, 1024), (1, 4608)], [(640, 384), (51, 32), (1, 64), (7, 8224)]):
+        parts: dict[str, list[PackPart]] = {"got": [], "want": []}
+        payloads: dict[str, list[torch.Tensor]] = {"got": [], "want": []}
+        for rows, columns in shapes:
+            x = make((rows, columns), content, dtype)
+            for kind, of_kind in parts.items():
+                width = columns + columns // 32
+                payload = torch.full((rows + 3, width), 0x55, dtype=torch.uint8).cuda()
+                payloads[kind].append(payload)
+                of_kind.append(PackPart(x, (1, 32), torch.float8_e4m3fn, payload[:rows]))
+        launch._compiled.clear()
+        kernels.pack_into(parts["got"])
+        assert len(launch._compiled) == 1
+        numerics.pack_into(parts["want"])
+        for got, want, part in zip(payloads["got"], payloads["want"], parts["got"], strict=True):
+            both = [x.tensor_split([part.x.size(1)], 1) for x in (got, want)]
+            for a, b, kind in zip(*both, (torch.float8_e4m3fn, torch.uint8), strict=True):
+                assert_same_bytes(a.contiguous().view(kind), b.contiguous().view(kind))
