@@ -39,6 +39,7 @@ from harness import (
     DEVICE,
     check,
     compare,
+    idle_of,
     init_distributed,
     kernels_of,
     synchronize,
@@ -192,13 +193,18 @@ class Training:
 
 
 def kernel_report(training: Training) -> str:
-    """The kernels of one step, the longest first."""
+    """The kernels of one step, the longest first, and on a GPU how long that does nothing."""
     kernels = kernels_of(training.step)
     total = sum(kernel.seconds for kernel in kernels) * 1e3
     lines = [f"    {sum(kernel.count for kernel in kernels)} kernels, {total:.1f} ms"]
     for kernel in kernels[:25]:
         milliseconds = kernel.seconds * 1e3
         lines.append(f"    {milliseconds:8.2f} ms x{kernel.count:5d} {kernel.name[:110]}")
+    if CUDA:
+        waited, followed = idle_of(training.step)
+        lines.append(
+            f"    idle after the host has waited: {waited}; after another step: {followed}"
+        )
     return "\n".join(lines)
 
 
@@ -272,7 +278,9 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="spare every variant the copy of one rank's gradients, as fp8dist spares itself",
     )
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of a step")
+    parser.add_argument(
+        "--profile", action="store_true", help="also the kernels of a step, and idle time"
+    )
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
     args = parser.parse_args()
     if not 0 <= args.memory_budget <= 1:

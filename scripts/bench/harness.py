@@ -1,9 +1,9 @@
 """What all benchmarks share: the setting, checks, timing, and how results are written.
 
 A benchmark checks the result of what it is about to time (`check`, `check_same_bytes`), times it
-(`median_seconds`, `kernels_of`), prints Markdown (`markdown_table`) and writes files (`write_json`,
-`write_csv`) with the `setting` in them. What gives a wrong result is said and not timed; the rest
-is, and the benchmark exits with 1.
+(`median_seconds`, `kernels_of`, `idle_of`), prints Markdown (`markdown_table`) and writes files
+(`write_json`, `write_csv`) with the `setting` in them. What gives a wrong result is said and not
+timed; the rest is, and the benchmark exits with 1.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 CUDA = torch.cuda.is_available()
@@ -262,6 +263,64 @@ def kernels_of(function: Callable[[], object]) -> list[Kernel]:
         key=lambda kernel: kernel.seconds,
         reverse=True,
     )
+
+
+LONG_GAP = 10e-6
+
+
+@dataclass(frozen=True)
+class Idle:
+    """In how much of some time a GPU does nothing, in seconds, and how much of that is in gaps of
+    more than `LONG_GAP`.
+    """
+
+    idle: float
+    in_long_gaps: float
+    time: float
+
+    def __str__(self) -> str:
+        milliseconds = [1e3 * x for x in (self.idle, self.time, self.in_long_gaps)]
+        return "{:.2f} ms of {:.1f}, {:.2f} in long gaps".format(*milliseconds)
+
+
+def idle_between(spans: Iterable[tuple[float, float]], start: float, end: float) -> Idle:
+    """Between two points in time, of kernels that begin and end at `spans`; all in seconds."""
+    gaps, busy_until = [], start
+    for begin, finish in sorted(spans):
+        if begin < end and finish > busy_until:
+            gaps.append(begin - busy_until)
+            busy_until = min(finish, end)
+    gaps.append(end - busy_until)
+    gaps = [gap for gap in gaps if gap > 0]
+    return Idle(sum(gaps), sum(gap for gap in gaps if gap > LONG_GAP), end - start)
+
+
+def idle_of(function: Callable[[], object]) -> tuple[Idle, Idle]:
+    """Of a call on a GPU that nothing was queued on, until the host has waited for it; and of one
+    that follows another, which the host launches while the GPU is at that, from end to end.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        synchronize()
+        function()
+        synchronize()
+        function()
+        function()
+        synchronize()
+    events = list(profiler.events())
+    waits = sorted(
+        event.time_range.end / 1e6 for event in events if event.name == "cudaDeviceSynchronize"
+    )
+    kernels = sorted(
+        (event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in events
+        if event.device_type == DeviceType.CUDA
+    )
+    first = [kernel for kernel in kernels if kernel[1] <= waits[1]]
+    others = kernels[len(first) :]
+    if len(others) != 2 * len(first):
+        raise AssertionError(f"{len(first)} kernels of one call, {len(others)} of two")
+    ends = [max(end for _, end in part) for part in (others[: len(first)], others)]
+    return idle_between(first, waits[0], waits[1]), idle_between(others, *ends)
 
 
 # --- Results

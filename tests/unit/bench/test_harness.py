@@ -87,3 +87,16 @@ def test_files_have_what_was_given(tmp_path: Path) -> None:
         ]
     harness.write_json(tmp_path / "new" / "rows.json", {"rows": rows})
     assert json.loads((tmp_path / "new" / "rows.json").read_text()) == {"rows": rows}
+
+
+def test_a_gpu_is_idle_where_no_kernel_runs() -> None:
+    """Kernels may overlap, lie within others, and begin before or end after the time asked for."""
+    spans = [(0.5, 2.0), (1.5, 3.0), (1.6, 1.7), (3.000004, 4.0), (5.0, 9.0), (9.5, 10.0)]
+    idle = harness.idle_between(spans, 1.0, 8.0)
+    assert idle.time == pytest.approx(7)
+    assert idle.in_long_gaps == pytest.approx(1)  # from 4 to 5
+    assert idle.idle == pytest.approx(1.000004)
+    before_and_after = harness.idle_between([(2.0, 3.0)], 1.0, 5.0)
+    assert before_and_after.idle == before_and_after.in_long_gaps == pytest.approx(3)
+    assert harness.idle_between([], 1.0, 5.0).idle == pytest.approx(4)
+    assert str(before_and_after) == "3000.00 ms of 4000.0, 3000.00 in long gaps"
