@@ -17,7 +17,7 @@ from fp8dist.numerics import AmaxPart, CastPart, PackPart
 # What was fastest on an H200: rows and columns of a tile, and its warps.
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # twice the rows of 2-byte elements
 _MOST_STEPS, _AMAX_STAGES = 8, 3  # one below the other, as many as leave the GPU enough programs
-_PACK_TILE = (64, 256, 8)
+_PACK_TILE = (16, 512, 4)
 _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 # Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
 # a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
