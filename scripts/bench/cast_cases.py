@@ -8,7 +8,7 @@ import torch
 from harness import DEVICE, check_same_bytes
 
 from fp8dist import kernels, numerics
-from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, WHOLE, Block, Recipe, ScaleFormat
+from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, Block, Recipe, ScaleFormat
 from fp8dist.numerics import AmaxPart, CastPart, PackPart, Scaled
 from fp8dist.precompute import scales_size
 
@@ -64,8 +64,11 @@ class Work:
 
     @property
     def reads_twice(self) -> bool:
-        """Whether all of a row, a column or the matrix must be read before it can be cast."""
-        return self.kind == "quantize" and any(block and WHOLE in block for block in self.blocks)
+        """Whether all of a column or the matrix must be read before it can be cast. (A row can be
+        held until its amax is known.)
+        """
+        whole = {COLUMN, TENSOR} & set(self.blocks)
+        return self.kind == "quantize" and bool(whole)
 
 
 def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
