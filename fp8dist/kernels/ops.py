@@ -65,7 +65,7 @@ def _quantize(
 
     Args:
         cast: the name of a `layout.Cast`.
-        x_inverse: 1 / what x was scaled by.
+        x_inverse: 1 / what x was scaled by; for e8m0, which has no reciprocals, what it was.
         new_scale: for the transpose, if it is not to be found from x.
         amax: (1, 1), float32 or its bits, int32, if one scale is wanted: of x, or of all that x is
             a part of.
@@ -78,7 +78,7 @@ def _quantize(
     if amax is not None:
         amax = amax.view(torch.float32)
     if x_inverse is not None:
-        x = numerics.dequantize(x, x_inverse.reciprocal())
+        x = numerics.dequantize(x, x_inverse if scale_format == "e8m0" else x_inverse.reciprocal())
     if new_scale is not None:
         data = numerics.cast(x, new_scale, float8_dtype).t().contiguous()
         return *_nothing(x, float8_dtype), data, _nothing(x, float8_dtype)[1]
@@ -190,10 +190,15 @@ def rescale_transposed(
         if not has_kernels(weight.data):  # operands are dequantized: a view will do
             return weight.t()
         return weight.t()._replace(data=torch.ops.fp8dist.transpose.default(weight.data, after))
+    inverse = weight.inverse
+    if scale_format == "e8m0":
+        inverse = weight.scale
+    elif inverse is None:
+        inverse = weight.scale.reciprocal()
     _, _, data, scales = torch.ops.fp8dist.quantize.default(
         weight.data,
         name_of(Cast(None, block, weight.data.dtype, scale_format)),
-        weight.scale.reciprocal() if weight.inverse is None else weight.inverse,
+        inverse,
         new_scale,
         None,
         after,

@@ -200,6 +200,19 @@ def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _inverse(x_inverse, FORMAT: tl.constexpr):
+    """1 / what x was scaled by. For e8m0 that comes as it is, and is turned into its reciprocal by
+    bits, which is not one for 2^127 and NaN: what was scaled by those is all zeros, or NaN.
+    """
+    if FORMAT == "e8m0":
+        bits = x_inverse.to(tl.int32, bitcast=True)
+        bits = tl.where(bits == 1 << 22, 0x7F000000, 0x7F000000 - bits)  # 2^-127 is subnormal
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x_inverse
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,
     x_inverse_ptr,
@@ -234,8 +247,8 @@ def quantize_kernel(
     Otherwise amax has the bits of the amaxes as `amax_kernel` writes them; with T_GIVEN, it has
     the scales for t_data themselves, and data is not wanted. For what is written see
     `_store_scale`.
-    x_inverse, where there is one, is 1 / what x was scaled by: a power of two per row (X_INVERSE
-    is "row") or per 1 x X_BLOCK block ("own", (M, N / X_BLOCK)).
+    x_inverse, where there is one, is 1 / what x was scaled by, or for e8m0 that: a power of two per
+    row (X_INVERSE is "row") or per 1 x X_BLOCK block ("own", (M, N / X_BLOCK)).
     """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
@@ -248,11 +261,12 @@ def quantize_kernel(
         # thread has twice the rows, half the columns and half their scales.
         offsets += tl.program_id(2) * 8
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if X_INVERSE == "row":
-        x = x * tl.load(x_inverse_ptr + rows * inverse_stride, mask=row_mask, other=1.0)[:, None]
-    if X_INVERSE == "own" and X_BLOCK == BN:
-        offsets = rows * inverse_stride + pid_n * inverse_block_stride
-        x = x * tl.load(x_inverse_ptr + offsets, mask=row_mask, other=1.0)[:, None]
+    if X_INVERSE == "row" or (X_INVERSE == "own" and X_BLOCK == BN):
+        offsets = rows * inverse_stride
+        if X_INVERSE == "own":
+            offsets += pid_n * inverse_block_stride
+        x_inverse = tl.load(x_inverse_ptr + offsets, mask=row_mask, other=1.0)
+        x = x * _inverse(x_inverse, FORMAT)[:, None]
     elif X_INVERSE == "own":
         blocks = pid_n * (BN // X_BLOCK) + tl.arange(0, BN // X_BLOCK)
         x_inverse = tl.load(
@@ -261,7 +275,7 @@ def quantize_kernel(
             other=1.0,
         )
         tile = tl.reshape(x, (BM, BN // X_BLOCK, X_BLOCK))
-        x = tl.reshape(tile * x_inverse[:, :, None], (BM, BN))
+        x = tl.reshape(tile * _inverse(x_inverse, FORMAT)[:, :, None], (BM, BN))
 
     if KIND != "none":
         if KIND == "tensor":

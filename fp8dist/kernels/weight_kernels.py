@@ -107,7 +107,7 @@ def cast_rows_kernel(
         out_at, out_stride = tl.multiple_of(out_at, 16), tl.multiple_of(out_stride, 16)
     columns = tl.arange(0, BN)
     column_mask = columns < N
-    most = tl.zeros((BN,), dtype=tl.int32)
+    most = tl.zeros((BM, BN), dtype=tl.int32)
     most_of_rows = tl.zeros((BM,), dtype=tl.int32)
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = (pid - first) * (BM * STEPS) + step * BM + tl.arange(0, BM)
@@ -124,12 +124,12 @@ def cast_rows_kernel(
             out_ptr + out_at + rows[:, None] * out_stride + columns[None, :], scaled, mask=mask
         )
         if WANT_COLUMN:
-            most = tl.maximum(most, tl.max(bits, 0))
+            most = tl.maximum(most, bits)
         if WANT_TENSOR:
             most_of_rows = tl.maximum(most_of_rows, of_rows)
     if WANT_COLUMN:
         column_ptr = amax_ptr + tl.load(entry + 7)
-        tl.atomic_max(column_ptr + columns, most, mask=column_mask, sem="relaxed")
+        tl.atomic_max(column_ptr + columns, tl.max(most, 0), mask=column_mask, sem="relaxed")
     if WANT_TENSOR:
         tensor_ptr = amax_ptr + tl.load(entry + 8)
         tl.atomic_max(tensor_ptr, tl.max(most_of_rows, 0), sem="relaxed")

@@ -22,6 +22,8 @@ _ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 # Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
 # a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
 _ROWS_TILE, _ROWS_STAGES = 16384, 4
+_ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
+_MULTIPROCESSORS = 128  # about as many as there are
 
 
 def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int, ...]:
@@ -46,7 +48,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         blocks = alike[0].blocks
         bm = bm * 4 // x_base.element_size()
         heights = tuple(bm * steps for steps in (_MOST_STEPS, 4, 2, 1))
-        table, matrices, height = _table(tuple(entries), heights, bn, _stream(x_base))
+        stream = _stream(x_base)
+        table, matrices, height = _table(tuple(entries), heights, bn, stream, _ENOUGH_PROGRAMS)
         launch_kernel(
             kernels.fill_amaxes_kernel,
             (matrices.size(0), 1, 1),
@@ -85,7 +88,9 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
         size = base.x.element_size()
         bm, warps = max(1, _ROWS_TILE // (bn * size)), 4 if bn <= 4096 else 8
         heights = tuple(max(bm, rows) for rows in (64, 32, 16, 8, 4))
-        table, matrices, height = _table(entries, heights, bn, _stream(base.x))
+        # As many as run at once: more of fewer rows have more amaxes of columns to raise.
+        enough = _MULTIPROCESSORS * max(1, _ELEMENTS_AT_ONCE // (bm * bn))
+        table, matrices, height = _table(entries, heights, bn, _stream(base.x), enough)
         launch_kernel(
             kernels.cast_rows_kernel,
             (matrices.size(0), 1, 1),
@@ -188,6 +193,7 @@ def _table(
     heights: tuple[int, ...],
     bn: int,
     stream: torch.cuda.Stream,
+    enough: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The table of [Note: many matrices in one launch] in `weight_kernels`, `matrix_ptr`, and the
     rows that a program takes.
@@ -200,10 +206,11 @@ def _table(
             or the last.
         bn: columns that a program takes.
         stream: the current one, on which the table is made: another has one of its own.
+        enough: programs.
     """
     for bm in heights:
         tiles = [cdiv(entry[0], bm) * cdiv(entry[1], bn) for entry in entries]
-        if sum(tiles) >= _ENOUGH_PROGRAMS:
+        if sum(tiles) >= enough:
             break
     rows, first = [], 0
     for entry, count in zip(entries, tiles, strict=True):

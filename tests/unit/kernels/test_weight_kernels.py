@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
+from fp8dist.kernels import launch, weight_launch  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 
@@ -21,11 +21,15 @@ pytestmark = pytest.mark.gpu
 ROW_BLOCKS = [[ROW], [ROW, COLUMN], [ROW, TENSOR], [COLUMN, TENSOR, ROW]]
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 128])
 @pytest.mark.parametrize("scale_format", ["power_of_2", "exact"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("content", CONTENTS)
-def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format):
-    """Shards of matrices, all at once; the last, in one, is too wide for the kernel."""
+def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format, multiprocessors, monkeypatch):
+    """Shards of matrices, all at once, with programs of many rows and of few; the last, in one, is
+    too wide for the kernel.
+    """
+    monkeypatch.setattr(weight_launch, "_MULTIPROCESSORS", multiprocessors)
     widest = kernels.WIDEST_ROWS
     shapes = [
         (640, 384),
