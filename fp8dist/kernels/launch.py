@@ -28,18 +28,18 @@ FLOAT8_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 # program takes if that leaves enough programs, its warps, and how many tiles are on their way or at
 # hand at once. Amaxes of columns pay for tall programs.
 _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8, 1), (64, 64, 4, 4, 3)
-_FEWEST_PROGRAMS = 512  # some for each multiprocessor
+ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
 
-def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
-    """What was fastest on an H200 for a cast by tiles: rows and columns, warps, and registers of a
-    thread.
+def _cast_tile(cast: Cast, given: bool, derived: bool) -> tuple[int, int, int, int | None]:
+    """Rows and columns of a cast's tile, warps, and registers of a thread: what was fastest on an
+    H200, for bfloat16 or, derived, for what is float8 already.
 
-    Left alone, ptxas takes more of the last, and fewer programs fit a multiprocessor. In a tile as
+    Left alone, ptxas takes more registers, and fewer programs fit a multiprocessor. In a tile as
     high as a block of 32 the one warp waits for no other.
     """
     if cast.transposed_block == (32, 1):
-        return (32, 128, 1, 128) if cast.block is None else (32, 64, 1, 128)
+        return 32, 128 if derived else 64, 1, 128
     if (cast.block, cast.transposed_block) == ((1, 128), (128, 1)):
         return 128, 128, 8, 128
     return 128, 128, 4 if given else 8, None
@@ -167,7 +167,7 @@ def _plan(
     by = "none" if inverse is None else "row" if inverse[0] == 1 else "own"
     exponent = FLOAT8_EXPONENT[float8_dtype]
     bm, bn, steps, warps, stages = _COLUMN_AMAX_TILE if t_kind == "column" else _AMAX_TILE
-    while steps > 1 and cdiv(m, bm * steps) * cdiv(n, bn) < _FEWEST_PROGRAMS:
+    while steps > 1 and cdiv(m, bm * steps) * cdiv(n, bn) < ENOUGH_PROGRAMS:
         steps //= 2
     wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
     find = _Launch(
@@ -189,7 +189,12 @@ def _plan(
             {"num_warps": 4 if bn <= 4096 else 8},
         )
         return _Plan(sizes, amaxes, find, True, by_rows)
-    bm, bn, warps, registers = _cast_tile(cast, given)
+    bm, bn, warps, registers = _cast_tile(cast, given, inverse is not None)
+    own, t_own = (
+        block if block is not None and kind_of(block) == "own" else (1, 1) for block in (a, b)
+    )
+    if own[1] > bn or t_own[0] > bm or (given and t_kind == "own"):
+        raise AssertionError(f"no kernel casts to {a} and {b} at once, scales given: {given}")
     by_tiles = _Launch(
         kernels.quantize_kernel,
         (cdiv(m_padded, bm), cdiv(n, bn), 1),
@@ -200,9 +205,9 @@ def _plan(
             by,
             1 if inverse is None else n // max(inverse[0], 1),
             kind,
-            a[1] if a is not None and kind == "own" else 1,
+            own[1],
             t_kind,
-            b[0] if b is not None and t_kind == "own" else 1,
+            t_own[0],
             given,
             bm,
             bn,

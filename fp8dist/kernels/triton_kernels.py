@@ -89,8 +89,8 @@ def _raise_amaxes(
     STAGES: tl.constexpr,
 ):
     """Raise amaxes, int32 bits, to those of STEPS times BM rows and BN columns of x; BY_ROW: of x
-    times an inverse scale per row. STAGES: of so many steps rows are in shared memory, or on their
-    way there.
+    times an inverse scale per row. With STAGES above 1 the rows of so many steps are loaded before
+    they are needed, to shared memory.
 
     Blocks are of 128 x 128, of the matrix of which x is the rows from row_start on; IN_ONE_BLOCK:
     all those rows are in the same blocks.
@@ -99,6 +99,10 @@ def _raise_amaxes(
     column_mask = columns < N
     STORED: tl.constexpr = tl.float32 if BY_ROW else x_ptr.dtype.element_ty
     most = tl.zeros((BM, BN), dtype=tl.int16 if STORED == tl.bfloat16 else tl.int32)
+    if WANT_BLOCK:
+        block_columns = first_column // 128 + tl.arange(0, BN // 128)
+        blocks_in_row = tl.cdiv(N, 128)
+        block_mask = block_columns < blocks_in_row
     for step in tl.range(STEPS, num_stages=STAGES):
         rows = first_row + step * BM + tl.arange(0, BM)
         row_mask = rows < M
@@ -115,18 +119,14 @@ def _raise_amaxes(
             tl.atomic_max(row_ptr + rows, of_rows, mask=row_mask, sem="relaxed")
         if WANT_BLOCK and not IN_ONE_BLOCK:
             of_blocks = _widened(tl.max(tl.reshape(bits, (BM, BN // 128, 128)), 2), STORED)
-            block_columns = first_column // 128 + tl.arange(0, BN // 128)
-            count = tl.cdiv(N, 128)
-            index = ((rows + row_start) // 128 * count)[:, None] + block_columns[None, :]
-            in_matrix = row_mask[:, None] & (block_columns < count)[None, :]
+            index = ((rows + row_start) // 128 * blocks_in_row)[:, None] + block_columns[None, :]
+            in_matrix = row_mask[:, None] & block_mask[None, :]
             tl.atomic_max(block_ptr + index, of_blocks, mask=in_matrix, sem="relaxed")
     if WANT_BLOCK and IN_ONE_BLOCK:
-        of_rows_of_blocks = tl.max(tl.reshape(most, (BM, BN // 128, 128)), 2)
-        of_blocks = _widened(tl.max(of_rows_of_blocks, 0), STORED)
-        block_columns = first_column // 128 + tl.arange(0, BN // 128)
-        count = tl.cdiv(N, 128)
-        index = (first_row + row_start) // 128 * count + block_columns
-        tl.atomic_max(block_ptr + index, of_blocks, mask=block_columns < count, sem="relaxed")
+        of_their_rows = tl.max(tl.reshape(most, (BM, BN // 128, 128)), 2)
+        of_blocks = _widened(tl.max(of_their_rows, 0), STORED)
+        index = (first_row + row_start) // 128 * blocks_in_row + block_columns
+        tl.atomic_max(block_ptr + index, of_blocks, mask=block_mask, sem="relaxed")
     if WANT_COLUMN:
         of_columns = _widened(tl.max(most, 0), STORED)
         tl.atomic_max(column_ptr + columns, of_columns, mask=column_mask, sem="relaxed")
@@ -201,13 +201,13 @@ def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def _inverse(x_inverse, FORMAT: tl.constexpr):
-    """1 / what x was scaled by. For e8m0 that comes as it is, and is turned into its reciprocal by
-    bits, which is not one for 2^127 and NaN: what was scaled by those is all zeros, or NaN.
-    """
+    """1 / what x was scaled by; for e8m0 it comes as it is. Wrong for NaN, as x is that then."""
     if FORMAT == "e8m0":
         bits = x_inverse.to(tl.int32, bitcast=True)
-        bits = tl.where(bits == 1 << 22, 0x7F000000, 0x7F000000 - bits)  # 2^-127 is subnormal
-        return bits.to(tl.float32, bitcast=True)
+        inverse = 0x7F000000 - bits
+        inverse = tl.where(bits == 1 << 22, 0x7F000000, inverse)  # 2^-127, which is subnormal
+        inverse = tl.where(bits == 0x7F000000, 1 << 22, inverse)
+        return inverse.to(tl.float32, bitcast=True)
     else:
         return x_inverse
 
@@ -257,8 +257,8 @@ def quantize_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     offsets = rows[:, None] * x_stride + columns[None, :]
     if X_INVERSE == "own":
-        # Nothing, but that Triton does not know: so it loads 8 bytes at once instead of 16, and a
-        # thread has twice the rows, half the columns and half their scales.
+        # Nothing, but that Triton does not know: so it loads 8 elements of float8 at once, not 16,
+        # and a thread has twice the rows, half the columns and half their scales.
         offsets += tl.program_id(2) * 8
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if X_INVERSE == "row" or (X_INVERSE == "own" and X_BLOCK == BN):

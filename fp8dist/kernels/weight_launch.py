@@ -10,7 +10,7 @@ import torch
 
 from fp8dist.config import COLUMN, ROW, TENSOR, Block
 from fp8dist.kernels import weight_kernels as kernels
-from fp8dist.kernels.launch import FLOAT8_EXPONENT, launch_kernel
+from fp8dist.kernels.launch import ENOUGH_PROGRAMS, FLOAT8_EXPONENT, launch_kernel
 from fp8dist.kernels.layout import cdiv
 from fp8dist.numerics import AmaxPart, CastPart, PackPart
 
@@ -18,7 +18,6 @@ from fp8dist.numerics import AmaxPart, CastPart, PackPart
 _WEIGHT_AMAX_TILE = (8, 512, 4)  # twice the rows of 2-byte elements
 _MOST_STEPS, _AMAX_STAGES = 8, 3  # one below the other, as many as leave the GPU enough programs
 _PACK_TILE = (16, 512, 4)
-_ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 # Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
 # a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
 _ROWS_TILE, _ROWS_STAGES = 16384, 4
@@ -49,7 +48,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         bm = bm * 4 // x_base.element_size()
         heights = tuple(bm * steps for steps in (_MOST_STEPS, 4, 2, 1))
         stream = _stream(x_base)
-        table, matrices, height = _table(tuple(entries), heights, bn, stream, _ENOUGH_PROGRAMS)
+        table, matrices, height = _table(tuple(entries), heights, bn, stream, ENOUGH_PROGRAMS)
         launch_kernel(
             kernels.fill_amaxes_kernel,
             (matrices.size(0), 1, 1),
@@ -126,7 +125,7 @@ def cast_into(parts: Sequence[CastPart]) -> None:
                 scale_at += column_start // block[1]
             entry = (*x.shape, x.stride(0), row_start, _place(x, x_base), scale_at)
             entries.append((*entry, scale.stride(0), _place(out, out_base), out.stride(0)))
-        table, matrices, _ = _table(tuple(entries), (bm,), bn, _stream(x_base))
+        table, matrices, _ = _table(tuple(entries), (bm,), bn, _stream(x_base), 1)
         aligned = all(
             e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
         )
@@ -151,7 +150,7 @@ def pack_into(parts: Sequence[PackPart]) -> None:
             (*x.shape, x.stride(0), 0, _place(x, x_base), _place(out, out_base), out.stride(0))
             for x, _, _, out in alike
         )
-        table, matrices, _ = _table(entries, (bm,), bn, _stream(x_base))
+        table, matrices, _ = _table(entries, (bm,), bn, _stream(x_base), 1)
         launch_kernel(
             kernels.pack_kernel,
             (matrices.size(0), 1, 1),
@@ -193,7 +192,7 @@ def _table(
     heights: tuple[int, ...],
     bn: int,
     stream: torch.cuda.Stream,
-    enough: int = 1,
+    enough: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The table of [Note: many matrices in one launch] in `weight_kernels`, `matrix_ptr`, and the
     rows that a program takes.
@@ -206,7 +205,7 @@ def _table(
             or the last.
         bn: columns that a program takes.
         stream: the current one, on which the table is made: another has one of its own.
-        enough: programs.
+        enough: how many programs that are.
     """
     for bm in heights:
         tiles = [cdiv(entry[0], bm) * cdiv(entry[1], bn) for entry in entries]

@@ -64,8 +64,8 @@ class Work:
 
     @property
     def reads_twice(self) -> bool:
-        """Whether all of a column or the matrix must be read before it can be cast. (A row can be
-        held until its amax is known.)
+        """Whether all of a column or the matrix must be read before it can be cast. (A row of up to
+        `WIDEST_ROWS` is held until its amax is known.)
         """
         whole = {COLUMN, TENSOR} & set(self.blocks)
         return self.kind == "quantize" and bool(whole)

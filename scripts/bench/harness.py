@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -283,16 +283,39 @@ class Idle:
         return "{:.2f} ms of {:.1f}, {:.2f} in long gaps".format(*milliseconds)
 
 
+class Event(NamedTuple):
+    """Of a profile: a kernel, copy or fill, or what the host did, from when to when, in seconds."""
+
+    name: str
+    on_device: bool
+    start: float
+    end: float
+
+
 def idle_between(spans: Iterable[tuple[float, float]], start: float, end: float) -> Idle:
     """Between two points in time, of kernels that begin and end at `spans`; all in seconds."""
     gaps, busy_until = [], start
     for begin, finish in sorted(spans):
         if begin < end and finish > busy_until:
             gaps.append(begin - busy_until)
-            busy_until = min(finish, end)
-    gaps.append(end - busy_until)
-    gaps = [gap for gap in gaps if gap > 0]
+            busy_until = finish
+    gaps = [gap for gap in [*gaps, end - busy_until] if gap > 0]
     return Idle(sum(gaps), sum(gap for gap in gaps if gap > LONG_GAP), end - start)
+
+
+def idle_of_calls(events: Iterable[Event]) -> tuple[Idle, Idle]:
+    """What `idle_of` returns, of a profile of three equal calls: the device was waited for before
+    and after the first, and after the last.
+    """
+    events = list(events)
+    waits = sorted(event.end for event in events if event.name == "cudaDeviceSynchronize")
+    kernels = sorted((event.start, event.end) for event in events if event.on_device)
+    first = [kernel for kernel in kernels if kernel[1] <= waits[1]]
+    others = kernels[len(first) :]
+    if len(others) != 2 * len(first):
+        raise AssertionError(f"{len(first)} kernels of one call, {len(others)} of two")
+    ends = [max(end for _, end in part) for part in (others[: len(first)], others)]
+    return idle_between(first, waits[0], waits[1]), idle_between(others, *ends)
 
 
 def idle_of(function: Callable[[], object]) -> tuple[Idle, Idle]:
@@ -306,21 +329,16 @@ def idle_of(function: Callable[[], object]) -> tuple[Idle, Idle]:
         function()
         function()
         synchronize()
-    events = list(profiler.events())
-    waits = sorted(
-        event.time_range.end / 1e6 for event in events if event.name == "cudaDeviceSynchronize"
+    return idle_of_calls(
+        Event(
+            event.name,
+            # What a name was given to spans the gaps between its kernels.
+            event.device_type == DeviceType.CUDA and not event.is_user_annotation,
+            event.time_range.start / 1e6,
+            event.time_range.end / 1e6,
+        )
+        for event in profiler.events()
     )
-    kernels = sorted(
-        (event.time_range.start / 1e6, event.time_range.end / 1e6)
-        for event in events
-        if event.device_type == DeviceType.CUDA
-    )
-    first = [kernel for kernel in kernels if kernel[1] <= waits[1]]
-    others = kernels[len(first) :]
-    if len(others) != 2 * len(first):
-        raise AssertionError(f"{len(first)} kernels of one call, {len(others)} of two")
-    ends = [max(end for _, end in part) for part in (others[: len(first)], others)]
-    return idle_between(first, waits[0], waits[1]), idle_between(others, *ends)
 
 
 # --- Results

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp8dist import kernels
 from fp8dist.config import RECIPES
 from tests.unit.bench.program import load_program, run_program
 
@@ -71,6 +72,20 @@ def test_times_and_bytes_of_every_part_on_two_ranks(tmp_path: Path) -> None:
     drawn = run_program("plot_phases", str(saved), str(picture))
     assert drawn.returncode == 0, drawn.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "recipe, columns, expected",
+    [
+        ("tensorwise", 128, True),
+        ("blockwise", 128, True),
+        ("rowwise", kernels.WIDEST_ROWS, False),
+        ("rowwise", kernels.WIDEST_ROWS + 16, True),
+        ("mxfp8", kernels.WIDEST_ROWS + 128, False),
+    ],
+)
+def test_what_is_read_before_it_is_cast(recipe: str, columns: int, expected: bool) -> None:
+    assert load_program("bench_all_gather").amaxes_are_found_before(recipe, columns) == expected
 
 
 def test_one_rank_copies_no_payload(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_times_what_every_recipe_needs(
 
 def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
     saved = tmp_path / "casts.json"
-    run("--shapes=128x256", f"--json={saved}", "--recipes=tensorwise,rowwise")
+    recipes = "tensorwise,rowwise,rowwise_with_gw_hp,mxfp8_rceil"
+    run("--shapes=128x256", f"--json={saved}", f"--recipes={recipes}")
     report = json.loads(saved.read_text())
     rows = {row["what"]: row["megabytes"] for row in report["rows"] if row["shape"] == "128x256"}
     numbers = 128 * 256 / 1e6
@@ -66,6 +67,12 @@ def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
         "amax and cast, two orientations (row, column) of bfloat16 to e4m3": (
             6 * numbers + row + column
         ),
+        "amax and cast, two orientations (tensor, tensor) of bfloat16 to e4m3": 6 * numbers
+        + 2 * one,
+        # A row is held until its amax is known.
+        "amax and cast (row) of bfloat16 to e4m3": 3 * numbers + row,
+        # A byte for each scale.
+        "amax and cast (1x32) of float32 to e4m3 and scales": 5 * numbers + numbers / 32,
         "transpose (tensor to tensor)": 2 * numbers,
         "transpose + shift (row to column)": 2 * numbers + row,
     }

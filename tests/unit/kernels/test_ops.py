@@ -10,6 +10,8 @@ from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, mak
 
 pytestmark = pytest.mark.gpu
 
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
 
 def assert_same(got: Scaled | None, want: Scaled | None) -> None:
     assert (got is None) == (want is None)
@@ -36,10 +38,11 @@ def test_quantize_both(name, dtype, content):
         (None, recipe.grad_output_for_grad_weight, recipe.grad_output_dtype),
         (recipe.weight, None, recipe.weight_dtype),
     ]
-    for shape in SHAPES:
+    for shape in [*SHAPES, (33, 96), (31, 160)]:
         x = make(shape, content, dtype)
         for block, transposed_block, float8_dtype in pairs:
-            if block == (128, 128):  # left to numerics
+            # Square ones are left to numerics.
+            if block == (128, 128) or not fits(shape, block, transposed_block):
                 continue
             args = (block, transposed_block, float8_dtype, recipe.scale_format)
             got = kernels.quantize_both(x, *args)
@@ -60,6 +63,26 @@ def test_rows_of_any_width(columns, scale_format):
         x = make((rows, columns), content, torch.bfloat16)
         args = (x, (1, -1), torch.float8_e4m3fn, scale_format)
         assert_same(kernels.quantize(*args), numerics.quantize(*args))
+
+
+@pytest.mark.parametrize("content", ["wide", "nan"])
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+def test_amaxes_by_programs_of_many_rows(name, content, monkeypatch):
+    """As they are of large matrices, which leave enough of them."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from fp8dist.kernels import launch
+
+    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 1)
+    recipe = RECIPES[name]
+    blocks = recipe.input, recipe.input_for_grad_weight
+    launch._plan.cache_clear()
+    for shape in [(640, 128), (1000, 300)]:
+        x = make(shape, content, torch.bfloat16)
+        args = (*blocks, recipe.input_dtype, recipe.scale_format)
+        results = (kernels.quantize_both(x, *args), numerics.quantize_both(x, *args))
+        for got, want in zip(*results, strict=True):
+            assert_same(got, want)
+    launch._plan.cache_clear()
 
 
 def test_quantize_both_of_a_strided_view():
@@ -88,6 +111,23 @@ def test_rescale_transposed(name, content):
         got, want = kernels.rescale_transposed(*args), numerics.rescale_transposed(*args)
         assert got.data.is_contiguous()
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("float8_dtype", [E4M3, E5M2], ids=str)
+def test_blocks_of_32_are_rescaled(float8_dtype, content):
+    """Also from the smallest and the largest scale, 2^-127 and 2^127."""
+    for shape in [(256, 512), (64, 96), (32, 32)]:
+        w = make(shape, content, torch.float32) * (1e-3 if content == "subnormal" else 1)
+        args = (numerics.quantize(w, (1, 32), float8_dtype, "e8m0"), (32, 1), None, "e8m0")
+        assert_same(kernels.rescale_transposed(*args), numerics.rescale_transposed(*args))
+
+
+def test_what_no_kernel_does_is_refused():
+    """A tile has a whole number of the blocks of either orientation."""
+    x = make((256, 512), "normal", torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"no kernel casts to \(1, 128\) and \(32, 1\)"):
+        kernels.quantize_both(x, (1, 128), (32, 1), E4M3, "power_of_2")
 
 
 @pytest.mark.parametrize("content", ["normal", "wide", "zeros", "nan"])

@@ -77,15 +77,22 @@ def test_rows_are_cast_in_one_launch_with_their_amaxes() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_matrices_are_packed_with_their_scales(content, dtype):
-    """All at once, in one launch, and no bytes beside them are written."""
-    for shapes in ([(640, 512), (51, 1024), (1, 4608)], [(640, 384), (51, 32), (1, 64), (7, 8224)]):
+    """All at once, in one launch, and no bytes beside them are written; also where what they are a
+    part of, or are written into, has them begin anywhere.
+    """
+    aligned, any_width = (
+        [(640, 512), (51, 1024), (1, 4608)],
+        [(640, 384), (51, 32), (1, 64), (7, 8224)],
+    )
+    for shapes, offset in [(aligned, 0), (any_width, 0), (aligned, 3)]:
         parts: dict[str, list[PackPart]] = {"got": [], "want": []}
         payloads: dict[str, list[torch.Tensor]] = {"got": [], "want": []}
         for rows, columns in shapes:
-            x = make((rows, columns), content, dtype)
+            x = make((rows, columns + offset), content, dtype)[:, offset:]
             for kind, of_kind in parts.items():
                 width = columns + columns // 32
-                payload = torch.full((rows + 3, width), 0x55, dtype=torch.uint8).cuda()
+                flat = torch.full(((rows + 3) * width + offset,), 0x55, dtype=torch.uint8).cuda()
+                payload = flat[offset:].view(-1, width)
                 payloads[kind].append(payload)
                 of_kind.append(PackPart(x, (1, 32), torch.float8_e4m3fn, payload[:rows]))
         launch._compiled.clear()
