@@ -87,8 +87,10 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
         size = base.x.element_size()
         bm, warps = max(1, _ROWS_TILE // (bn * size)), 4 if bn <= 4096 else 8
         heights = tuple(max(bm, rows) for rows in (64, 32, 16, 8, 4))
-        # As many as run at once: more of fewer rows have more amaxes of columns to raise.
-        enough = _MULTIPROCESSORS * max(1, _ELEMENTS_AT_ONCE // (bm * bn))
+        enough = ENOUGH_PROGRAMS
+        if COLUMN in base.blocks:
+            # As many as run at once: more, of fewer rows, raise amaxes of columns more often.
+            enough = _MULTIPROCESSORS * max(1, _ELEMENTS_AT_ONCE // (bm * bn))
         table, matrices, height = _table(entries, heights, bn, _stream(base.x), enough)
         launch_kernel(
             kernels.cast_rows_kernel,

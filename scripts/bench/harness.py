@@ -304,18 +304,19 @@ def idle_between(spans: Iterable[tuple[float, float]], start: float, end: float)
 
 
 def idle_of_calls(events: Iterable[Event]) -> tuple[Idle, Idle]:
-    """What `idle_of` returns, of a profile of three equal calls: the device was waited for before
-    and after the first, and after the last.
+    """What `idle_of` returns, of a profile of four equal calls. The device was waited for before
+    and after the second, and after the last; the first does not count.
     """
     events = list(events)
     waits = sorted(event.end for event in events if event.name == "cudaDeviceSynchronize")
-    kernels = sorted((event.start, event.end) for event in events if event.on_device)
-    first = [kernel for kernel in kernels if kernel[1] <= waits[1]]
-    others = kernels[len(first) :]
-    if len(others) != 2 * len(first):
-        raise AssertionError(f"{len(first)} kernels of one call, {len(others)} of two")
-    ends = [max(end for _, end in part) for part in (others[: len(first)], others)]
-    return idle_between(first, waits[0], waits[1]), idle_between(others, *ends)
+    start, end = waits[:2]
+    kernels = sorted((x.start, x.end) for x in events if x.on_device and x.start >= start)
+    waited = [kernel for kernel in kernels if kernel[1] <= end]
+    others = kernels[len(waited) :]
+    if len(others) != 2 * len(waited):
+        raise AssertionError(f"{len(waited)} kernels of one call, {len(others)} of two")
+    ends = [max(end for _, end in part) for part in (others[: len(waited)], others)]
+    return idle_between(waited, start, end), idle_between(others, *ends)
 
 
 def idle_of(function: Callable[[], object]) -> tuple[Idle, Idle]:
@@ -323,6 +324,7 @@ def idle_of(function: Callable[[], object]) -> tuple[Idle, Idle]:
     that follows another, which the host launches while the GPU is at that, from end to end.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()  # while the profiler starts up
         synchronize()
         function()
         synchronize()

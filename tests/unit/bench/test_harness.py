@@ -102,10 +102,10 @@ def test_a_gpu_is_idle_where_no_kernel_runs() -> None:
     assert str(before_and_after) == "3000.00 ms of 4000.0, 3000.00 in long gaps"
 
 
-def test_of_three_calls_the_first_waits_for_the_host_and_the_last_for_nothing() -> None:
+def test_of_four_calls_the_second_waits_for_the_host_and_the_last_for_nothing() -> None:
     wait = "cudaDeviceSynchronize"
     host = [(wait, 0, 1), ("cudaLaunchKernel", 1, 2), (wait, 8, 10), (wait, 12, 21)]
-    kernels = [(4, 6), (7, 9), (12, 14), (14, 15), (15.5, 17), (17, 20)]
+    kernels = [(0, 0.2), (0.3, 0.9), (4, 6), (7, 9), (12, 14), (14, 15), (15.5, 17), (17, 20)]
     events = [harness.Event(name, False, *span) for name, *span in host]
     events += [harness.Event("kernel", True, *span) for span in kernels]
     waited, followed = harness.idle_of_calls(reversed(events))
