@@ -8,7 +8,8 @@ padded rows is of one group, and the rows of the tokens that it holds lie one be
 import triton
 import triton.language as tl
 
-from fp8dist.kernels.triton_kernels import _abs_bits, _store_scale, amax_to_scale
+from fp8dist.kernels.amax_kernels import _abs_bits
+from fp8dist.kernels.triton_kernels import _store_scale, amax_to_scale
 
 
 @triton.jit(debug=True)

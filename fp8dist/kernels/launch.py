@@ -11,6 +11,7 @@ from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
 
+from fp8dist.kernels import amax_kernels
 from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.kernels.layout import (
     WIDEST_ROWS,
@@ -171,7 +172,7 @@ def _plan(
         steps //= 2
     wanted = kind == "row", t_kind == "column", "tensor" in (kind, t_kind)
     find = _Launch(
-        kernels.amax_kernel,
+        amax_kernels.amax_kernel,
         (cdiv(m, bm * steps), cdiv(n, bn), 1),
         (m, n, stride),
         (by == "row", *wanted, bm, bn, steps, stages),

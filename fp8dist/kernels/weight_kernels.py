@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from fp8dist.kernels.triton_kernels import _abs_bits, _raise_amaxes, amax_to_scale
+from fp8dist.kernels.amax_kernels import _abs_bits, _raise_amaxes
+from fp8dist.kernels.triton_kernels import amax_to_scale
 
 # [Note: many matrices in one launch]
 # A model has hundreds of weights, and a launch for each costs more time on the CPU than the work

@@ -39,11 +39,11 @@ from harness import (
     DEVICE,
     check,
     compare,
-    idle_of,
     init_distributed,
     kernels_of,
     synchronize,
 )
+from idle import idle_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

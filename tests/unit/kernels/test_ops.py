@@ -65,26 +65,6 @@ def test_rows_of_any_width(columns, scale_format):
         assert_same(kernels.quantize(*args), numerics.quantize(*args))
 
 
-@pytest.mark.parametrize("content", ["wide", "nan"])
-@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
-def test_amaxes_by_programs_of_many_rows(name, content, monkeypatch):
-    """As they are of large matrices, which leave enough of them."""
-    pytest.importorskip("triton", reason="needs Triton")
-    from fp8dist.kernels import launch
-
-    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 1)
-    recipe = RECIPES[name]
-    blocks = recipe.input, recipe.input_for_grad_weight
-    launch._plan.cache_clear()
-    for shape in [(640, 128), (1000, 300)]:
-        x = make(shape, content, torch.bfloat16)
-        args = (*blocks, recipe.input_dtype, recipe.scale_format)
-        results = (kernels.quantize_both(x, *args), numerics.quantize_both(x, *args))
-        for got, want in zip(*results, strict=True):
-            assert_same(got, want)
-    launch._plan.cache_clear()
-
-
 def test_quantize_both_of_a_strided_view():
     recipe = RECIPES["rowwise"]
     whole = make((256, 1024), "normal", torch.bfloat16)
