@@ -1,5 +1,6 @@
 """The benchmark of the all-gather runs on any machine, and knows what should cross the wire."""
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,21 +89,16 @@ def test_what_is_read_before_it_is_cast(recipe: str, columns: int, expected: boo
     assert load_program("bench_all_gather").amaxes_are_found_before(recipe, columns) == expected
 
 
-def test_one_rank_copies_no_payload(tmp_path: Path) -> None:
-    saved = tmp_path / "rows.json"
-    run = run_program(
-        "bench_all_gather",
-        "--variants=bf16,fp8dist:rowwise",
-        f"--rows={N}",
-        f"--columns={K}",
-        "--calls=1",
-        f"--json={saved}",
-        ranks=1,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    rows = json.loads(saved.read_text())["rows"]
+def test_one_rank_copies_no_payload(ranks: object) -> None:
+    options = argparse.Namespace(calls=1, weights=1, unshards=2)
+    rows = [
+        load_program("bench_all_gather").measure(
+            bench_step.Variant.parse(name), N, K, options, ranks
+        )
+        for name in ("bf16", "fp8dist:rowwise")
+    ]
     # In bfloat16 the shard is cast, and that is copied.
-    assert [row["cast_bytes"] for row in rows] == [(4 + 2 + 4) * N * K, 0]
+    assert [row.cast_bytes for row in rows] == [(4 + 2 + 4) * N * K, 0]
 
 
 def test_bars_are_as_long_as_an_unshard_takes() -> None:
