@@ -38,20 +38,17 @@ class Work:
         blocks = ", ".join(
             BLOCK_NAMES.get(block) or f"{block[0]}x{block[1]}" for block in self.blocks if block
         )
-        if self.kind == "amax":
-            return f"amax ({blocks}) of {DTYPE_NAMES[self.dtype]}"
-        if self.kind == "by rows":
-            formats = f"{DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
-            return f"amax ({blocks}) and cast by rows of {formats}"
-        if self.kind == "pack":
-            formats = f"{DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
-            return f"amax and cast ({blocks}) of {formats} and scales"
-        if self.kind == "rescale":
-            moved = "" if self.is_transpose else " + shift"
-            return f"transpose{moved} ({blocks.replace(', ', ' to ')})"
-        both = "amax and cast, two orientations" if None not in self.blocks else "amax and cast"
-        what = "cast" if self.kind == "cast" else both
-        return f"{what} ({blocks}) of {DTYPE_NAMES[self.dtype]} to {DTYPE_NAMES[self.float8_dtype]}"
+        of, to = DTYPE_NAMES[self.dtype], DTYPE_NAMES[self.float8_dtype]
+        moved = "" if self.is_transpose else " + shift"
+        both = "" if None in self.blocks else ", two orientations"
+        return {
+            "amax": f"amax ({blocks}) of {of}",
+            "cast": f"cast ({blocks}) of {of} to {to}",
+            "by rows": f"amax ({blocks}) and cast by rows of {of} to {to}",
+            "pack": f"amax and cast ({blocks}) of {of} to {to} and scales",
+            "quantize": f"amax and cast{both} ({blocks}) of {of} to {to}",
+            "rescale": f"transpose{moved} ({blocks.replace(', ', ' to ')})",
+        }[self.kind]
 
     @property
     def is_of_many(self) -> bool:
@@ -67,8 +64,7 @@ class Work:
         """Whether all of a column or the matrix must be read before it can be cast. (A row of up to
         `WIDEST_ROWS` is held until its amax is known.)
         """
-        whole = {COLUMN, TENSOR} & set(self.blocks)
-        return self.kind == "quantize" and bool(whole)
+        return self.kind == "quantize" and not {COLUMN, TENSOR}.isdisjoint(self.blocks)
 
 
 def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
@@ -171,30 +167,15 @@ def cast_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     (block,) = work.blocks
     if block is None:
         raise AssertionError("a cast has a block")
+    scales = [scale_of(x, block, work) for x in matrices]
 
     def parts() -> list[CastPart]:
-        return [
-            CastPart(
-                x,
-                (0, 0),
-                block,
-                scale_of(x, block, work),
-                torch.empty(x.shape, dtype=work.float8_dtype, device=DEVICE),
-            )
-            for x in matrices
-        ]
+        outs = [torch.empty(x.shape, dtype=work.float8_dtype, device=DEVICE) for x in matrices]
+        of_matrices = zip(matrices, scales, outs, strict=True)
+        return [CastPart(x, (0, 0), block, scale, out) for x, scale, out in of_matrices]
 
-    found = parts()
-
-    def check() -> None:
-        expected = parts()
-        kernels.cast_into(found)
-        numerics.cast_into(expected)
-        for a, b in zip(found, expected, strict=True):
-            check_same_bytes(a.out, b.out, "float8 data")
-
-    reads = sum(part.x.nbytes + part.scale.nbytes for part in found)
-    return Case(lambda: kernels.cast_into(found), check, reads, sum(p.out.nbytes for p in found))
+    reads = sum(tensor.nbytes for tensor in (*matrices, *scales))
+    return case_into("cast_into", parts, reads)
 
 
 def pack_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
@@ -204,27 +185,31 @@ def pack_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     columns = matrices[0].size(1)
 
     def parts() -> list[PackPart]:
-        return [
-            PackPart(
-                x,
-                block,
-                work.float8_dtype,
-                x.new_empty((x.size(0), columns + columns // block[1]), dtype=torch.uint8),
-            )
-            for x in matrices
-        ]
+        size = matrices[0].size(0), columns + columns // block[1]
+        outs = [x.new_empty(size, dtype=torch.uint8) for x in matrices]
+        of_matrices = zip(matrices, outs, strict=True)
+        return [PackPart(x, block, work.float8_dtype, out) for x, out in of_matrices]
 
+    return case_into("pack_into", parts, sum(x.nbytes for x in matrices))
+
+
+def case_into(
+    function: str, parts: Callable[[], Sequence[CastPart] | Sequence[PackPart]], reads: int
+) -> Case:
+    """Of a function that writes what is in `out` of its parts."""
     found = parts()
+
+    def call() -> None:
+        getattr(kernels, function)(found)
 
     def check() -> None:
         expected = parts()
-        kernels.pack_into(found)
-        numerics.pack_into(expected)
+        call()
+        getattr(numerics, function)(expected)
         for a, b in zip(found, expected, strict=True):
-            check_same_bytes(a.out, b.out, "float8 data and scales")
+            check_same_bytes(a.out, b.out, "float8 data")
 
-    reads = sum(x.nbytes for x in matrices)
-    return Case(lambda: kernels.pack_into(found), check, reads, sum(p.out.nbytes for p in found))
+    return Case(call, check, reads, sum(part.out.nbytes for part in found))
 
 
 def quantize_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:

@@ -94,7 +94,7 @@ def test_fill_amaxes(content, cuts, enough, monkeypatch):
 def test_programs_are_as_tall_as_leaves_enough_of_them(bn, height, programs):
     entries = ((1024, 1000, 1000, 0, 5, 6),)
     stream = torch.cuda.current_stream()
-    table, matrices, found = weight_launch._table(entries, (64, 16, 8), bn, stream, 256)
+    table, matrices, found = weight_launch._table(entries, (64, 16, 8), bn, stream, 512)
     assert (found, matrices.tolist()) == (height, [0] * programs)
     assert table.tolist() == [[1024, 1000, 1000, 0, 0, 5, 6]]
 
