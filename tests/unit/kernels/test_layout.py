@@ -1,9 +1,10 @@
-"""The op `fp8dist::quantize` gives what the compiler was told it gives."""
+"""The op `fp8dist::quantize` gives what the compiler was told it gives, and the reference does."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fp8dist import kernels, numerics
 from fp8dist.config import RECIPES, Recipe
 from fp8dist.kernels import ops
 from fp8dist.kernels.layout import Cast, cast_named, contiguous_strides, name_of, sizes_of
@@ -42,6 +43,20 @@ def test_a_derived_weight_is_as_the_fake(device: str) -> None:
         fake = torch.ops.fp8dist.quantize(weight, *args)
     for got, told in zip(real, fake, strict=True):
         assert (got.shape, got.stride(), got.dtype) == (told.shape, told.stride(), told.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["rowwise", "mxfp8_rceil"])
+def test_a_derived_weight_is_that_of_the_reference(name: str, device: str) -> None:
+    """From reciprocals of scales, or, as e8m0 has none, from the scales."""
+    recipe = RECIPES[name]
+    w = torch.randn(64, N, device=device) * torch.logspace(-9, 9, N, base=2, device=device)
+    args = (recipe.weight_dtype, recipe.scale_format)
+    weight = numerics.quantize(w, recipe.weight, *args)
+    found = kernels.rescale_transposed(weight, recipe.weight_for_grad_input, None, args[1])
+    expected = numerics.rescale_transposed(weight, recipe.weight_for_grad_input, None, args[1])
+    assert torch.equal(found.data.float(), expected.data.float())
+    assert torch.equal(found.scale, expected.scale)
 
 
 @pytest.mark.parametrize("shape", [(24, 128), (1, 128), (32, 1), (0, 128)], ids=str)
