@@ -4,14 +4,14 @@ the same bytes.
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
 
-from fp8dist.kernels import amax_kernels
+from fp8dist.kernels import amax_kernels, block_kernels
 from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.kernels.layout import (
     WIDEST_ROWS,
@@ -32,15 +32,15 @@ _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8, 1), (64, 64, 4, 4, 3)
 ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
 
-def _cast_tile(cast: Cast, given: bool, derived: bool) -> tuple[int, int, int, int | None]:
+def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
     """Rows and columns of a cast's tile, warps, and registers of a thread: what was fastest on an
-    H200, for bfloat16 or, derived, for what is float8 already.
+    H200, for bfloat16.
 
     Left alone, ptxas takes more registers, and fewer programs fit a multiprocessor. In a tile as
     high as a block of 32 the one warp waits for no other.
     """
     if cast.transposed_block == (32, 1):
-        return 32, 128 if derived else 64, 1, 128
+        return 32, 64, 1, 128
     if (cast.block, cast.transposed_block) == ((1, 128), (128, 1)):
         return 128, 128, 8, 128
     return 128, 128, 4 if given else 8, None
@@ -144,7 +144,7 @@ class _Plan(NamedTuple):
     amaxes: int
     """How many have to be found before, by `find`."""
     find: _Launch
-    rows_alone: bool
+    by: Literal["rows", "blocks", "blocks of blocks", "tiles"]
     cast: _Launch
 
 
@@ -156,11 +156,13 @@ def _plan(
     cast: Cast,
     inverse: tuple[int, int, int] | None,
     given: bool,
+    in_pairs: bool,
 ) -> _Plan:
     """Of x (m, n), where the scales of the transpose are given or not.
 
     Args:
         inverse: columns and strides of x_inverse, if there is one.
+        in_pairs: x is bfloat16 that may be read as pairs, of 16 bytes at a time.
     """
     a, b, float8_dtype, scale_format = cast
     sizes, m_padded, amaxes = sizes_of(m, n, cast, given)
@@ -189,12 +191,33 @@ def _plan(
             (exponent, scale_format, bm, bn, whole),
             {"num_warps": 4 if bn <= 4096 else 8},
         )
-        return _Plan(sizes, amaxes, find, True, by_rows)
-    bm, bn, warps, registers = _cast_tile(cast, given, inverse is not None)
+        return _Plan(sizes, amaxes, find, "rows", by_rows)
+    if in_pairs and (a, b, float8_dtype) == ((1, 128), (128, 1), torch.float8_e4m3fn):
+        by_blocks = _Launch(
+            block_kernels.quantize_blocks_of_128_kernel,
+            (m_padded // 128, n // 128, 1),
+            (m, n, m_padded, stride),
+            (exponent, scale_format),
+            {"num_warps": 4, "maxnreg": 168},
+        )
+        return _Plan(sizes, amaxes, find, "blocks", by_blocks)
+    if inverse is not None and (a, b, scale_format) == (None, (32, 1), "e8m0"):
+        if inverse[0] * 32 != n:
+            raise AssertionError(f"{inverse[0]} scales of a row of {n} are not of 1 x 32")
+        of_blocks = _Launch(
+            block_kernels.derive_blocks_of_32_kernel,
+            (m_padded // 32, cdiv(n, 128), 1),
+            (m, n, m_padded, stride, *inverse[1:]),
+            (exponent,),
+            {"num_warps": 1, "maxnreg": 128},
+        )
+        return _Plan(sizes, amaxes, find, "blocks of blocks", of_blocks)
+    bm, bn, warps, registers = _cast_tile(cast, given)
     own, t_own = (
         block if block is not None and kind_of(block) == "own" else (1, 1) for block in (a, b)
     )
-    if own[1] > bn or t_own[0] > bm or (given and t_kind == "own"):
+    of_tiles = inverse is None or (scale_format != "e8m0" and inverse[0] in (1, n // bn))
+    if own[1] > bn or t_own[0] > bm or (given and t_kind == "own") or not of_tiles:
         raise AssertionError(f"no kernel casts to {a} and {b} at once, scales given: {given}")
     by_tiles = _Launch(
         kernels.quantize_kernel,
@@ -204,7 +227,6 @@ def _plan(
             exponent,
             scale_format,
             by,
-            1 if inverse is None else n // max(inverse[0], 1),
             kind,
             own[1],
             t_kind,
@@ -215,7 +237,7 @@ def _plan(
         ),
         {"num_warps": warps, **({} if registers is None else {"maxnreg": registers})},
     )
-    return _Plan(sizes, amaxes, find, False, by_tiles)
+    return _Plan(sizes, amaxes, find, "tiles", by_tiles)
 
 
 @where_x_is
@@ -239,14 +261,21 @@ def quantize(
         cast,
         None if x_inverse is None else (x_inverse.size(1), *x_inverse.stride()),
         new_scale is not None,
+        x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
     )
     sizes, float8_dtype = plan.sizes, cast.float8_dtype
     data, scale = _empty(sizes[0], float8_dtype), _empty(sizes[1], torch.float32)
     t_data, t_scale = _empty(sizes[2], float8_dtype), _empty(sizes[3], torch.float32)
     if n == 0:  # no rows are not cast here, see `ops.in_kernels`
         return data, scale, t_data, t_scale
-    if plan.rows_alone:
+    if plan.by == "rows":
         plan.cast(x, data, scale)
+        return data, scale, t_data, t_scale
+    if plan.by == "blocks":
+        plan.cast(x, data, scale, t_data, t_scale)
+        return data, scale, t_data, t_scale
+    if plan.by == "blocks of blocks" and x_inverse is not None:
+        plan.cast(x, x_inverse, t_data, t_scale)
         return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read
     inverse = x if x_inverse is None else x_inverse

@@ -58,19 +58,6 @@ def _store_scale(scale_ptr, index, count, scale, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _inverse(x_inverse, FORMAT: tl.constexpr):
-    """1 / what x was scaled by; for e8m0 it comes as it is. Wrong for NaN, as x is that then."""
-    if FORMAT == "e8m0":
-        bits = x_inverse.to(tl.int32, bitcast=True)
-        inverse = 0x7F000000 - bits
-        inverse = tl.where(bits == 1 << 22, 0x7F000000, inverse)  # 2^-127, which is subnormal
-        inverse = tl.where(bits == 0x7F000000, 1 << 22, inverse)
-        return inverse.to(tl.float32, bitcast=True)
-    else:
-        return x_inverse
-
-
-@triton.jit
 def quantize_kernel(
     x_ptr,
     x_inverse_ptr,
@@ -88,7 +75,6 @@ def quantize_kernel(
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
     X_INVERSE: tl.constexpr,
-    X_BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     T_KIND: tl.constexpr,
@@ -105,8 +91,8 @@ def quantize_kernel(
     Otherwise amax has the bits of the amaxes as `amax_kernel` writes them; with T_GIVEN, it has
     the scales for t_data themselves, and data is not wanted. For what is written see
     `_store_scale`.
-    x_inverse, where there is one, is 1 / what x was scaled by, or for e8m0 that: a power of two per
-    row (X_INVERSE is "row") or per 1 x X_BLOCK block ("own", (M, N / X_BLOCK)).
+    x_inverse, where there is one, is 1 / what x was scaled by: a power of two per row (X_INVERSE is
+    "row") or per 1 x BN block ("own", (M, N / BN)).
     """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     rows = pid_m.to(tl.int64) * BM + tl.arange(0, BM)
@@ -114,26 +100,12 @@ def quantize_kernel(
     row_mask, column_mask = rows < M, columns < N
     mask = row_mask[:, None] & column_mask[None, :]
     offsets = rows[:, None] * x_stride + columns[None, :]
-    if X_INVERSE == "own":
-        # Nothing, but that Triton does not know: so it loads 8 elements of float8 at once, not 16,
-        # and a thread has twice the rows, half the columns and half their scales.
-        offsets += tl.program_id(2) * 8
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if X_INVERSE == "row" or (X_INVERSE == "own" and X_BLOCK == BN):
+    if X_INVERSE != "none":
         offsets = rows * inverse_stride
         if X_INVERSE == "own":
             offsets += pid_n * inverse_block_stride
-        x_inverse = tl.load(x_inverse_ptr + offsets, mask=row_mask, other=1.0)
-        x = x * _inverse(x_inverse, FORMAT)[:, None]
-    elif X_INVERSE == "own":
-        blocks = pid_n * (BN // X_BLOCK) + tl.arange(0, BN // X_BLOCK)
-        x_inverse = tl.load(
-            x_inverse_ptr + rows[:, None] * inverse_stride + blocks[None, :] * inverse_block_stride,
-            mask=row_mask[:, None] & (blocks < N // X_BLOCK)[None, :],
-            other=1.0,
-        )
-        tile = tl.reshape(x, (BM, BN // X_BLOCK, X_BLOCK))
-        x = tl.reshape(tile * _inverse(x_inverse, FORMAT)[:, :, None], (BM, BN))
+        x *= tl.load(x_inverse_ptr + offsets, mask=row_mask, other=1.0)[:, None]
 
     if KIND != "none":
         if KIND == "tensor":

@@ -15,14 +15,25 @@ from fp8dist.kernels.layout import cdiv
 from fp8dist.numerics import AmaxPart, CastPart, PackPart
 
 # What was fastest on an H200: rows and columns of a tile, and its warps.
-_WEIGHT_AMAX_TILE = (8, 512, 4)  # twice the rows of 2-byte elements
-_MOST_STEPS, _AMAX_STAGES = 8, 3  # one below the other, as many as leave the GPU enough programs
+_WEIGHT_AMAX_TILE = (8, 256, 2)  # twice the rows of 2-byte elements
+_MOST_STEPS = 8  # one below the other, as many as leave the GPU enough programs
 _PACK_TILE = (16, 512, 4)
-# Whole rows, of up to `WIDEST_ROWS`, stay in registers with the amaxes of columns: so many bytes at
-# a time, or one row. Of 2-byte elements rows are loaded ahead; of float32 that was slower.
-_ROWS_TILE, _ROWS_STAGES = 16384, 4
+
 _ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
 _MULTIPROCESSORS = 128  # about as many as there are
+
+
+def _rows_tile(bn: int, size: int) -> tuple[int, int, int]:
+    """Rows of a tile of whole rows, of `bn` columns of `size` bytes each, its warps, and how many
+    are on their way at once. They stay in registers, with the amaxes of columns.
+
+    A warp that has all of a row finds its amax without the others. Of float32 loading rows ahead
+    was slower.
+    """
+    stages = 4 if size == 2 else 1
+    if bn <= 512:
+        return max(4, 2048 // bn), 1, stages
+    return max(1, 16384 // (bn * size)), 4 if bn <= 4096 else 8, stages
 
 
 def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int, ...]:
@@ -61,7 +72,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
                 bm,
                 bn,
                 height // bm,
-                _AMAX_STAGES,
+                2 if x_base.element_size() == 2 else 4,
             ),
             num_warps=warps,
         )
@@ -85,7 +96,7 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
         )
         bn = 1 << (base.x.size(1) - 1).bit_length()
         size = base.x.element_size()
-        bm, warps = max(1, _ROWS_TILE // (bn * size)), 4 if bn <= 4096 else 8
+        bm, warps, stages = _rows_tile(bn, size)
         heights = tuple(max(bm, rows) for rows in (64, 32, 16, 8, 4))
         enough = ENOUGH_PROGRAMS
         if COLUMN in base.blocks:
@@ -105,7 +116,7 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
                 bm,
                 bn,
                 height // bm,
-                _ROWS_STAGES if size == 2 else 1,
+                stages,
             ),
             num_warps=warps,
         )

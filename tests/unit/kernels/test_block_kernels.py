@@ -1,0 +1,127 @@
+"""On a GPU: what casts by patches gives the bytes of its reference, and is what is launched."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from fp8dist import kernels, numerics
+from fp8dist.numerics import Scaled
+from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
+
+pytest.importorskip("triton", reason="needs Triton")
+if not torch.backends.cuda.is_built():
+    pytest.skip("needs torch built for GPUs", allow_module_level=True)
+
+from triton.knobs import runtime  # noqa: E402  # where there is Triton
+
+pytestmark = pytest.mark.gpu
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched within."""
+    names: list[str] = []
+
+    def hook(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    runtime.launch_enter_hook.add(hook)
+    try:
+        yield names
+    finally:
+        runtime.launch_enter_hook.remove(hook)
+
+
+def assert_all_same(got: list[Scaled | None], want: list[Scaled | None]) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one is not None and other is not None
+        assert one.block == other.block
+        assert_same_bytes(one.data, other.data)
+        assert_same_bytes(one.scale, other.scale)
+        if one.inverse is not None:
+            assert_same_bytes(one.inverse, 1 / other.scale)
+
+
+def views(content: str) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Matrices, and whether they may be read 16 bytes at a time."""
+    whole = make((257, 1024), content, torch.bfloat16)
+    yield whole, True
+    yield whole[:2], True
+    yield whole[:128, :128], True
+    yield whole[3:200, 8:648], True
+    yield whole[::2], True
+    yield whole[:, 4:516], False  # begins at a multiple of 8 bytes only
+    yield whole.flatten()[: 250 * 1020].view(250, 1020)[:, :896], False
+    yield whole.float(), False
+    yield whole.half(), False
+
+
+@pytest.mark.parametrize("scale_format", ["power_of_2", "exact"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_blocks_of_128(content, scale_format):
+    for x, by_patches in views(content):
+        args = (x, (1, 128), (128, 1), E4M3, scale_format)
+        with launched() as names:
+            found = kernels.quantize_both(*args)
+        assert names == ["quantize_blocks_of_128_kernel" if by_patches else "quantize_kernel"]
+        assert_all_same([*found], [*numerics.quantize_both(*args)])
+
+
+def test_blocks_of_128_of_e5m2():
+    args = (make((256, 512), "wide", torch.bfloat16), (1, 128), (128, 1), E5M2, "power_of_2")
+    with launched() as names:
+        found = kernels.quantize_both(*args)
+    assert names == ["quantize_kernel"]
+    assert_all_same([*found], [*numerics.quantize_both(*args)])
+
+
+def in_rows(scale: torch.Tensor) -> torch.Tensor:
+    return scale.contiguous()
+
+
+def in_columns(scale: torch.Tensor) -> torch.Tensor:
+    return scale.t().contiguous().t()
+
+
+@pytest.mark.parametrize("lie", [in_rows, in_columns])
+@pytest.mark.parametrize("float8_dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("content", CONTENTS)
+def test_blocks_of_32_from_blocks_of_32(
+    content: str, float8_dtype: torch.dtype, lie: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    for shape in [(256, 512), (2, 32), (33, 96), (1000, 160), (95, 4224)]:
+        x = numerics.quantize(make(shape, content, torch.float32), (1, 32), float8_dtype, "e8m0")
+        x = x._replace(scale=lie(x.scale))
+        with launched() as names:
+            found = kernels.rescale_transposed(x, (32, 1), None, "e8m0")
+        assert names == ["derive_blocks_of_32_kernel"]
+        value = numerics.dequantize(x.data, x.scale)
+        _, want = numerics.quantize_both(value, None, (32, 1), float8_dtype, "e8m0")
+        assert_all_same([found], [want])
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 16], ids="{} bytes after each row".format)
+def test_of_a_part_of_what_arrived(after):
+    """Rows that begin anywhere and are longer than what is cast."""
+    x = numerics.quantize(make((130, 512), "wide", torch.float32), (1, 32), E4M3, "e8m0")
+    bytes_of_rows = torch.nn.functional.pad(x.data.view(torch.uint8), (0, after))
+    for start, stop in [(0, 512), (32, 512), (64, 160), (0, 32)]:
+        data = bytes_of_rows.view(E4M3)[:, start:stop]
+        part = Scaled(data, x.scale[:, start // 32 : stop // 32], (1, 32))
+        found = kernels.rescale_transposed(part, (32, 1), None, "e8m0")
+        value = numerics.dequantize(part.data, part.scale)
+        _, want = numerics.quantize_both(value, None, (32, 1), E4M3, "e8m0")
+        assert_all_same([found], [want])
+
+
+@pytest.mark.parametrize(("block", "scale_format"), [((1, 64), "e8m0"), ((1, 32), "power_of_2")])
+def test_blocks_that_no_kernel_derives_are_refused(block, scale_format):
+    """Of a width that is neither a tile's nor, of e8m0, 32."""
+    x = numerics.quantize(make((256, 512), "wide", torch.float32), block, E4M3, scale_format)
+    with pytest.raises(AssertionError):
+        kernels.rescale_transposed(x, (32, 1), None, scale_format)
