@@ -224,7 +224,8 @@ def derive_blocks_of_32_kernel(
     # by one thread.
     rows, blocks = tl.arange(0, 32)[:, None], tl.arange(0, 4)[None, :]
     mask = (rows < M - pid_m * 32) & (blocks * 32 < N - first_column)
-    x_scale_ptr += (first + rows) * scale_stride + (pid_n * 4 + blocks) * scale_block_stride
+    x_scale_ptr += first * scale_stride + rows * scale_stride
+    x_scale_ptr += (pid_n * 4 + blocks) * scale_block_stride
     factor = _inverse_of_e8m0(tl.load(x_scale_ptr, mask=mask, other=1.0))
     factor = tl.reshape(tl.trans(factor), (4, 1, 2, 16, 1))
 
