@@ -37,6 +37,6 @@ def test_every_run_is_of_its_recipe_and_is_not_repeated(tmp_path: Path) -> None:
 
 
 def test_refuses_a_recipe_that_does_not_exist() -> None:
-    run = run_program("learning", "--recipes=rowwise,rowise")
+    run = run_program("learning", "--recipes=rowwise,rowise", fork=False)  # as a person does
     assert run.returncode == 2
     assert "unknown rowise; known: tensorwise, rowwise" in run.stderr

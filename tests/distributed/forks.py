@@ -1,0 +1,71 @@
+"""Programs run as forks of a process that has imported torch, torchao and fp8dist, which takes a
+new one longer than most programs take."""
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests.distributed.harness import CONTEXT
+
+TIMEOUT = 200.0  # seconds
+
+
+def run_forks(
+    path: Path, *arguments: str, ranks: int | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program on the CPU; with `ranks`, on as many as torchrun starts them."""
+    environments: list[dict[str, str]] = [{}]
+    if ranks is not None:  # what torchrun tells them, and where they meet
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        environments = [
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder, stream) for stream in ("stdout", "stderr")]
+        processes = [
+            CONTEXT.Process(target=_be_program, args=(str(path), arguments, environment, printed))
+            for environment in environments
+        ]
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + TIMEOUT
+            # As under torchrun the first that fails is the end of the others.
+            while running := [p for p in processes if p.exitcode is None]:
+                if any(p.exitcode for p in processes) or time.monotonic() > deadline:
+                    break
+                wait([p.sentinel for p in running], deadline - time.monotonic())
+            codes = [p.exitcode for p in processes]
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        output, errors = (one.read_text() if one.exists() else "" for one in printed)
+    command = [str(path), *arguments]
+    if None in codes and not any(codes):
+        raise subprocess.TimeoutExpired(command, TIMEOUT, output, errors)
+    code = next((code for code in codes if code), 0)
+    return subprocess.CompletedProcess(command, code, output, errors)
+
+
+def _be_program(
+    path: str, arguments: tuple[str, ...], environment: dict[str, str], printed: list[Path]
+) -> None:
+    """A fork's life: the program, with what it prints in files that its ranks share."""
+    for descriptor, file in enumerate(printed, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.update(environment)
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
