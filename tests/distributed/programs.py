@@ -1,5 +1,4 @@
-"""Programs run as forks of a process that has imported torch, torchao and fp8dist, which takes a
-new one longer than most programs take."""
+"""Programs of this repository, as their tests run them."""
 
 import os
 import runpy
@@ -12,15 +11,38 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.distributed.harness import CONTEXT
+from tests.distributed.harness import CONTEXT, DEVICE
+from tests.environment import cpu_environment
 
 TIMEOUT = 200.0  # seconds
 
 
-def run_forks(
-    path: Path, *arguments: str, ranks: int | None = None
+def run(
+    path: Path, *arguments: str, ranks: int | None = None, fork: bool = DEVICE == "cpu"
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a program on the CPU; with `ranks`, on as many as torchrun starts them."""
+    """Run a program on the CPU; with `ranks`, on as many gloo ranks.
+
+    Args:
+        fork: as forks of a process that has imported torch, torchao and fp8dist, which takes a new
+            one longer than most programs take. Else as a person starts it, with torchrun.
+    """
+    if fork:
+        return _run_forks(path, arguments, ranks)
+    launcher = []
+    if ranks is not None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(path), *arguments],
+        env=cpu_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+def _run_forks(
+    path: Path, arguments: tuple[str, ...], ranks: int | None
+) -> "subprocess.CompletedProcess[str]":
     environments: list[dict[str, str]] = [{}]
     if ranks is not None:  # what torchrun tells them, and where they meet
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
