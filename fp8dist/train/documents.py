@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,13 +90,12 @@ def find_documents(path: Path | None, section: str = "training") -> list[Documen
 
 def standard_library_sources() -> list[Path]:
     """The .py files of this Python's standard library in a fixed order, tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    return sorted(
-        path
-        for path in root.rglob("*.py")
-        if path.is_file() and not left_out.intersection(path.relative_to(root).parts)
-    )
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = set(folders) - left_out  # which may be large, and are not looked into
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in found if path.is_file())
 
 
 def torch_sources() -> list[Path]:
