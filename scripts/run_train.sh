@@ -20,22 +20,22 @@ if [[ ! -f $config ]]; then
   config=$repo_root/$config
 fi
 
-use_python train
-# The repository's own fp8dist, also from another folder and where it is not installed.
-export PYTHONPATH=$repo_root${PYTHONPATH:+:$PYTHONPATH}
-case " $* " in *" --help "* | *" -h "*) exec "$python" -m fp8dist.train --help ;; esac
+# With the repository's own fp8dist, also from another folder and where it is not installed.
+find_python() {
+  use_python train
+  export PYTHONPATH=$repo_root${PYTHONPATH:+:$PYTHONPATH}
+}
+case " $* " in *" --help "* | *" -h "*)
+  find_python
+  exec "$python" -m fp8dist.train --help
+  ;;
+esac
 
-if [[ $gpus == 0 ]] && gpu_visible; then
-  echo "GPUs are visible, but the torch of $python cannot use them: training on the CPU." \
-    "If that torch is a CPU build in .venv, remove .venv and run this again." >&2
-fi
-
-if ((gpus > 0)); then ranks=${NGPU:-$gpus}; else ranks=${NGPU:-2}; fi
+# What needs no Python is refused before one is looked for, which takes seconds.
 nodes=${NNODES:-1}
 node=${NODE_RANK:-0}
 restarts=${MAX_RESTARTS:-0}
 [[ $restarts =~ ^[0-9]+$ ]] || die "MAX_RESTARTS=$restarts: a number is needed."
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NGPU=$ranks: a positive number is needed."
 fewest=${nodes%:*}
 most=${nodes#*:}
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] && ((fewest <= most)) ||
@@ -52,6 +52,15 @@ else
     "with NODE_RANK=0."
 fi
 [[ $port =~ ^[0-9]+$ ]] && ((port < 65536)) || die "MASTER_PORT=$port: a port number is needed."
+
+find_python
+if [[ $gpus == 0 ]] && gpu_visible; then
+  echo "GPUs are visible, but the torch of $python cannot use them: training on the CPU." \
+    "If that torch is a CPU build in .venv, remove .venv and run this again." >&2
+fi
+
+if ((gpus > 0)); then ranks=${NGPU:-$gpus}; else ranks=${NGPU:-2}; fi
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NGPU=$ranks: a positive number is needed."
 if ((node == 0 && port > 0)); then
   "$python" -c 'import socket, sys; socket.create_server(("", int(sys.argv[1])))' "$port" \
     2>/dev/null || die "MASTER_PORT=$port is taken on this machine: choose another," \
