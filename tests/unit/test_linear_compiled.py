@@ -111,11 +111,9 @@ def test_recomputing_activations_changes_nothing(use_reentrant: bool) -> None:
 
 @pytest.mark.skipif(not CPP_COMPILER, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "tokens, inputs, outputs", [(128, 128, 256), (256, 384, 512), (24, 128, 128)]
-)
+@pytest.mark.parametrize("tokens, inputs, outputs", [(256, 384, 512), (24, 128, 128)])
 def test_every_recipe_compiles(recipe: str, tokens: int, inputs: int, outputs: int) -> None:
-    """Among them sizes at which inductor fails if it is to fuse casts in two orientations.
+    """At the first inductor fails if it is to fuse casts in two orientations.
 
     Casts have eager's bytes. What is left are the sums of dequantized products in another order:
     far above 100 dB in float32.
