@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.distributed.harness import CONTEXT, DEVICE
+from tests.distributed.harness import CONTEXT, DEVICE, GRACE
 from tests.environment import cpu_environment
 
 TIMEOUT = 200.0  # seconds
@@ -62,11 +62,11 @@ def _run_forks(
             for process in processes:
                 process.start()
             deadline = time.monotonic() + TIMEOUT
-            # As under torchrun the first that fails is the end of the others.
             while running := [p for p in processes if p.exitcode is None]:
-                if any(p.exitcode for p in processes) or time.monotonic() > deadline:
+                if any(p.exitcode for p in processes):  # the others are left to say so, and ended
+                    deadline = min(deadline, time.monotonic() + GRACE)
+                if not wait([p.sentinel for p in running], deadline - time.monotonic()):
                     break
-                wait([p.sentinel for p in running], deadline - time.monotonic())
             codes = [p.exitcode for p in processes]
         finally:
             for process in processes:
@@ -90,4 +90,8 @@ def _be_program(
     os.environ.update(environment)
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torch's, which says what rank it is
+        sys.exit(1)

@@ -7,7 +7,7 @@ from tests.distributed.soaking import Soaked, faults, soak
 
 
 def twice(recipe: str) -> tuple[list[str], list[float]]:
-    first, second = (soak(recipe, 24, every=8) for _ in range(2))
+    first, second = (soak(recipe, 18, every=6) for _ in range(2))
     return faults(first, second, warm_up=1), first.losses
 
 

@@ -20,12 +20,15 @@ from fp8dist.train.config import parse_config
 from fp8dist.train.documents import find_documents
 from fp8dist.train.loop import Trainer
 from fp8dist.train.model import ModelShape
+from tests.distributed import programs
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.environment import cpu_environment
 
 TINY = ModelShape(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=256)
 FLOAT8 = "--model.converters=quantize.linear.float8"
 STEPS = 6
+# Two updates of the weights, the second with the whole learning rate.
+FEW = "--training.steps=3"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,7 @@ def padded_bytes(rows: int, columns: int, size: int, ranks: int) -> int:
 def test_gathered_bytes_are_counted(
     tmp_path: Path, text: Path, flags: list[str], size: int, gathers: int, root_gathers: int
 ) -> None:
-    argv = arguments(tmp_path, text, "--training.global_batch_size=4", *flags)
+    argv = arguments(tmp_path, text, "--training.global_batch_size=4", FEW, *flags)
     argv.append("--quantize.linear.float8.filter_fqns=output")
     record, _ = run_on_ranks(2, train, argv)
     high = 2 if "--training.mixed_precision_param=bfloat16" in flags else 4
@@ -160,7 +163,8 @@ def test_gathered_bytes_are_counted(
 
 
 def test_memory_and_mesh_options_change_no_loss(tmp_path: Path, text: Path) -> None:
-    reference, _ = run_on_ranks(2, train, arguments(tmp_path, text, FLOAT8))
+    argv = arguments(tmp_path, text, FLOAT8, FEW)
+    reference, _ = run_on_ranks(2, train, argv)
     for flags in (
         ["--activation_checkpoint.mode=full"],
         ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"],
@@ -170,10 +174,10 @@ def test_memory_and_mesh_options_change_no_loss(tmp_path: Path, text: Path) -> N
         ],
         ["--parallelism.fsdp_reshard_after_forward=never"],
     ):
-        record, _ = run_on_ranks(2, train, arguments(tmp_path, text, FLOAT8, *flags))
+        record, _ = run_on_ranks(2, train, [*argv, *flags])
         assert record["losses"] == reference["losses"], flags
     hsdp = ["--parallelism.data_parallel_replicate_degree=2"]
-    record, _ = run_on_ranks(2, train, arguments(tmp_path, text, FLOAT8, *hsdp))
+    record, _ = run_on_ranks(2, train, [*argv, *hsdp])
     # The sum over two replicas is the sum over two shards: the same two numbers are added.
     assert record["losses"] == pytest.approx(reference["losses"], rel=1e-6)
 
@@ -319,12 +323,13 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, text: Path) -> None:
     assert "Signal 9 (SIGKILL) received" in output
 
 
-def test_bad_flag_ends_with_its_message_on_every_rank(tmp_path: Path, text: Path) -> None:
-    job = launch(tmp_path, text, "--training.stepz=3")
-    output, _ = job.communicate(timeout=100)
-    assert job.returncode != 0
+def test_bad_flag_ends_with_its_message_on_every_rank(tmp_path: Path) -> None:
+    program = tmp_path / "job.py"
+    program.write_text("from fp8dist.train.__main__ import main\n\nmain()\n")
+    run = programs.run(program, "--training.stepz=3", ranks=2)
+    assert run.returncode != 0
     for rank in range(2):
         message = (
             rf"^\[rank{rank}\]: ValueError: .*'training\.stepz'; did you mean 'training\.steps'"
         )
-        assert re.search(message, output, re.M), output
+        assert re.search(message, run.stderr, re.M), run.stderr

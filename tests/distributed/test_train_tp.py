@@ -14,6 +14,7 @@ from fp8dist.train.model import TransformerBlock
 from tests.distributed import programs
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.distributed.test_train import (
+    FEW,
     FLOAT8,
     STEPS,
     TINY,
@@ -73,7 +74,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], first: int = 0)
 def test_losses_are_those_without(
     tmp_path: Path, text: Path, worlds: tuple[int, ...], flags: list[str]
 ) -> None:
-    argv = arguments(tmp_path, text, BATCH, FLOAT8, "--model.flavor=debugmodel:2", *flags)
+    argv = arguments(tmp_path, text, BATCH, FLOAT8, "--model.flavor=debugmodel:2", FEW, *flags)
     [alone] = run_on_ranks(1, train, argv)
     for world in worlds:
         for record in run_on_ranks(world, train, [*argv, TP]):
@@ -81,14 +82,14 @@ def test_losses_are_those_without(
 
 
 def test_replicas(tmp_path: Path, text: Path) -> None:
-    argv = arguments(tmp_path, text, BATCH, FLOAT8, f"{SECTION}.recipe_name=rowwise")
+    argv = arguments(tmp_path, text, BATCH, FLOAT8, f"{SECTION}.recipe_name=rowwise", FEW)
     [alone] = run_on_ranks(1, train, argv)
     for record in run_on_ranks(4, train, [*argv, TP, HSDP]):
         assert_same(record, alone)
 
 
 def test_gathered_bytes_are_those_of_a_part(tmp_path: Path, text: Path) -> None:
-    argv = arguments(tmp_path, text, FLOAT8, TP, f"{SECTION}.filter_fqns=output")
+    argv = arguments(tmp_path, text, FLOAT8, TP, f"{SECTION}.filter_fqns=output", FEW)
     argv.append("--training.global_batch_size=4")  # one forward
     record, *_ = run_on_ranks(4, train, argv)
     kv = TINY.n_kv_heads * TINY.dim // TINY.n_heads
@@ -114,7 +115,7 @@ def train_compiled(argv: list[str]) -> dict[str, Any]:
 
 
 def test_compiled(tmp_path: Path, text: Path) -> None:
-    argv = arguments(tmp_path, text, BATCH, FLOAT8, f"{SECTION}.recipe_name=rowwise")
+    argv = arguments(tmp_path, text, BATCH, FLOAT8, f"{SECTION}.recipe_name=rowwise", FEW)
     [alone] = run_on_ranks(1, train, argv)
     for record in run_on_ranks(2, train_compiled, [*argv, TP, "--compile.enable"]):
         assert_same(record, alone)
@@ -142,7 +143,7 @@ def test_checkpoints_fit_with_and_without(
 
 
 def test_compare(tmp_path: Path, text: Path) -> None:
-    run_on_ranks(2, compare_runs, arguments(tmp_path, text, TP))
+    run_on_ranks(2, compare_runs, arguments(tmp_path, text, TP, FEW))
     runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
     plain, float8 = runs["float32"], runs["float8"]
     assert plain["losses"] != float8["losses"]

@@ -224,7 +224,7 @@ def test_experts_outputs_are_kept_as_a_gpu_keeps_them() -> None:
     """In bfloat16, also where they are dequantized and a CPU would multiply in float32."""
     job = parse_config(
         [
-            "--model.flavor=debugmoe",
+            "--model.flavor=debugmoe:2",
             "--training.seq_len=64",
             "--activation_checkpoint.mode=selective",
             "--activation_checkpoint.selective_ac_option=op",
