@@ -27,9 +27,7 @@ from tests.distributed.test_train import write_text
 
 STEPS = 20  # more than a fast machine takes in the time that a kill may wait
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="finds the rank's process in /proc"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the rank's process in /proc")
 
 
 @pytest.fixture(scope="module")
