@@ -32,6 +32,11 @@ def has_float8_casts(device: torch.device) -> bool:
     return device.type == "cuda" and _has_float8_casts(_index(device))
 
 
+def has_maxima_of_pairs(device: torch.device) -> bool:
+    """Whether the device has the larger of two pairs of 16 bits, PTX's `max.u16x2`, in one step."""
+    return device.type == "cuda" and _capability(_index(device)) >= (9, 0)
+
+
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:
     """Whether `torch._scaled_mm` or `F.scaled_mm` runs the recipe on the device's own float8 units.
 

@@ -13,7 +13,7 @@ from fp8dist.kernels.triton_kernels import _store_scale, amax_to_scale
 # along columns. In the tiles of `triton_kernels` a thread has runs of rows, and all that it writes
 # to the transpose changes hands in shared memory, with waits before and after. Here it has 8
 # columns of 16 rows, of which it writes 8 bytes at a time to one and 16 to the other: only amaxes
-# change hands, in two or three steps, as each thread has so many elements.
+# change hands, and few of them, as each is of 8 or 16 elements of a thread already.
 #
 # Triton does not let a kernel say which thread has what, but it follows rules: the dim whose
 # addresses are adjacent goes to a thread's registers, as far as a load or store is wide, and then
@@ -53,7 +53,7 @@ def _cast_pairs_of_rows(pairs, scale):
 @triton.jit
 def _cast_pairs_of_columns(pairs_0, pairs_1, pairs_2, pairs_3, scale, next_scale):
     """Of four rows two bfloat16 each, times the scales of their columns: the four bytes of e4m3 of
-    one column, and those of the next.
+    one column, and those of the next. ("&": the first is written before all is read.)
     """
     return tl.inline_asm_elementwise(
         """{
@@ -71,7 +71,7 @@ def _cast_pairs_of_columns(pairs_0, pairs_1, pairs_2, pairs_3, scale, next_scale
         cvt.rn.satfinite.e4m3x2.f32 low, b, a; cvt.rn.satfinite.e4m3x2.f32 high, d, c;
         mov.b32 $1, {low, high};
         }""",
-        "=r,=r,r,r,r,r,r,r",
+        "=&r,=&r,r,r,r,r,r,r",
         [pairs_0, pairs_1, pairs_2, pairs_3, scale, next_scale],
         dtype=(tl.int32, tl.int32),
         is_pure=True,
@@ -114,8 +114,9 @@ def quantize_blocks_of_128_kernel(
     amax = tl.maximum(amax << 16, amax & 0x7FFF0000)
     amax = tl.max(tl.max(amax, 0), 1)  # (8, 16)
     scale = amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)
-    # Through 16 bits, which is what changes hands then, before scales are found from it once more:
-    # for the casts a thread finds those of all that it has, here one.
+    # For the casts a thread has the scales of all its rows, and so has every other thread of these
+    # rows. To be stored they are found anew, one by a thread: Triton hands amaxes over instead of
+    # scales if those are of 16 bits first.
     amax = (amax >> 16).to(tl.int16).to(tl.int32) << 16
     index = pid_m * 128 + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
     _store_scale(
@@ -170,7 +171,9 @@ def _larger_or_nan(a, b):
 
 @triton.jit
 def _inverse_of_e8m0(scale):
-    """1 / scale, of powers of two from 2^-127 to 2^127, of which either end is the other's."""
+    """1 / scale, of powers of two from 2^-127 to 2^127, of which either end is the other's. Wrong
+    for NaN, as what was scaled by it is NaN then.
+    """
     bits = scale.to(tl.int32, bitcast=True)
     # 2^-127 is subnormal, with half a mantissa: that is rounded up to the exponent of 2^127.
     exponent = (0x7F000000 + (1 << 22) - bits) & 0x7F800000

@@ -11,6 +11,7 @@ from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
 
+from fp8dist import hardware
 from fp8dist.kernels import amax_kernels, block_kernels
 from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.kernels.layout import (
@@ -34,7 +35,7 @@ ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
 def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
     """Rows and columns of a cast's tile, warps, and registers of a thread: what was fastest on an
-    H200, for bfloat16.
+    H200, for bfloat16; of blocks of 128 that is for what `_in_pairs` leaves.
 
     Left alone, ptxas takes more registers, and fewer programs fit a multiprocessor. In a tile as
     high as a block of 32 the one warp waits for no other.
@@ -144,8 +145,27 @@ class _Plan(NamedTuple):
     amaxes: int
     """How many have to be found before, by `find`."""
     find: _Launch
-    by: Literal["rows", "blocks", "blocks of blocks", "tiles"]
+    by: Literal["rows", "blocks", "derived blocks", "tiles"]
     cast: _Launch
+
+
+# As many registers of a thread as leave a multiprocessor three programs of four warps, and 16 of
+# one: ptxas takes more for the first if it may.
+_BLOCKS_OF_128 = {"num_warps": 4, "maxnreg": 168}
+_DERIVED_BLOCKS_OF_32 = {"num_warps": 1, "maxnreg": 128}
+_MOST_IN_BLOCKS = 2**25  # rows, and elements from one row to the next: offsets are of 32 bits
+
+
+def _in_pairs(x: torch.Tensor, cast: Cast) -> bool:
+    """Whether `quantize_blocks_of_128_kernel` casts it, which reads pairs, 16 bytes at a time."""
+    return (
+        cast.transposed_block == (128, 1)
+        and cast.block == (1, 128)
+        and (x.dtype, cast.float8_dtype) == (torch.bfloat16, torch.float8_e4m3fn)
+        and x.data_ptr() % 16 == x.stride(0) % 16 == 0
+        and max(x.size(0), x.stride(0)) <= _MOST_IN_BLOCKS
+        and hardware.has_maxima_of_pairs(x.device)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,7 +182,7 @@ def _plan(
 
     Args:
         inverse: columns and strides of x_inverse, if there is one.
-        in_pairs: x is bfloat16 that may be read as pairs, of 16 bytes at a time.
+        in_pairs: see `_in_pairs`.
     """
     a, b, float8_dtype, scale_format = cast
     sizes, m_padded, amaxes = sizes_of(m, n, cast, given)
@@ -192,33 +212,36 @@ def _plan(
             {"num_warps": 4 if bn <= 4096 else 8},
         )
         return _Plan(sizes, amaxes, find, "rows", by_rows)
-    if in_pairs and (a, b, float8_dtype) == ((1, 128), (128, 1), torch.float8_e4m3fn):
+    refused = f"no kernel casts to {a} and {b} at once, scales given: {given}, derived: {inverse}"
+    if given and t_kind == "own":
+        raise AssertionError(refused)
+    if in_pairs and inverse is None:
         by_blocks = _Launch(
             block_kernels.quantize_blocks_of_128_kernel,
             (m_padded // 128, n // 128, 1),
             (m, n, m_padded, stride),
             (exponent, scale_format),
-            {"num_warps": 4, "maxnreg": 168},
+            _BLOCKS_OF_128,
         )
         return _Plan(sizes, amaxes, find, "blocks", by_blocks)
     if inverse is not None and (a, b, scale_format) == (None, (32, 1), "e8m0"):
-        if inverse[0] * 32 != n:
-            raise AssertionError(f"{inverse[0]} scales of a row of {n} are not of 1 x 32")
-        of_blocks = _Launch(
+        if inverse[0] * 32 != n or max(m, stride) > _MOST_IN_BLOCKS:
+            raise AssertionError(refused)
+        derived = _Launch(
             block_kernels.derive_blocks_of_32_kernel,
             (m_padded // 32, cdiv(n, 128), 1),
             (m, n, m_padded, stride, *inverse[1:]),
             (exponent,),
-            {"num_warps": 1, "maxnreg": 128},
+            _DERIVED_BLOCKS_OF_32,
         )
-        return _Plan(sizes, amaxes, find, "blocks of blocks", of_blocks)
+        return _Plan(sizes, amaxes, find, "derived blocks", derived)
     bm, bn, warps, registers = _cast_tile(cast, given)
     own, t_own = (
         block if block is not None and kind_of(block) == "own" else (1, 1) for block in (a, b)
     )
     of_tiles = inverse is None or (scale_format != "e8m0" and inverse[0] in (1, n // bn))
-    if own[1] > bn or t_own[0] > bm or (given and t_kind == "own") or not of_tiles:
-        raise AssertionError(f"no kernel casts to {a} and {b} at once, scales given: {given}")
+    if own[1] > bn or t_own[0] > bm or not of_tiles:
+        raise AssertionError(refused)
     by_tiles = _Launch(
         kernels.quantize_kernel,
         (cdiv(m_padded, bm), cdiv(n, bn), 1),
@@ -261,7 +284,7 @@ def quantize(
         cast,
         None if x_inverse is None else (x_inverse.size(1), *x_inverse.stride()),
         new_scale is not None,
-        x.dtype == torch.bfloat16 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0,
+        _in_pairs(x, cast),
     )
     sizes, float8_dtype = plan.sizes, cast.float8_dtype
     data, scale = _empty(sizes[0], float8_dtype), _empty(sizes[1], torch.float32)
@@ -274,7 +297,7 @@ def quantize(
     if plan.by == "blocks":
         plan.cast(x, data, scale, t_data, t_scale)
         return data, scale, t_data, t_scale
-    if plan.by == "blocks of blocks" and x_inverse is not None:
+    if plan.by == "derived blocks" and x_inverse is not None:  # which it is not
         plan.cast(x, x_inverse, t_data, t_scale)
         return data, scale, t_data, t_scale
     amax = x if new_scale is None else new_scale  # x: not read

@@ -17,6 +17,7 @@ from fp8dist.numerics import AmaxPart, CastPart, PackPart
 # What was fastest on an H200: rows and columns of a tile, and its warps.
 _WEIGHT_AMAX_TILE = (8, 256, 2)  # twice the rows of 2-byte elements
 _MOST_STEPS = 8  # one below the other, as many as leave the GPU enough programs
+_AMAX_STAGES = 4  # so many of them are on their way at once, half as many of 2-byte elements
 _PACK_TILE = (16, 512, 4)
 
 _ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
@@ -32,7 +33,7 @@ def _rows_tile(bn: int, size: int) -> tuple[int, int, int]:
     """
     stages = 4 if size == 2 else 1
     if bn <= 512:
-        return max(4, 2048 // bn), 1, stages
+        return 2048 // bn, 1, stages
     return max(1, 16384 // (bn * size)), 4 if bn <= 4096 else 8, stages
 
 
@@ -72,7 +73,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
                 bm,
                 bn,
                 height // bm,
-                2 if x_base.element_size() == 2 else 4,
+                _AMAX_STAGES // (2 if x_base.element_size() == 2 else 1),
             ),
             num_warps=warps,
         )

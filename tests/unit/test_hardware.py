@@ -54,6 +54,14 @@ def test_float8_matmul_by_capability(
     assert hardware.multiplies(CUDA, TENSORWISE, emulate=False) is expected
 
 
+def test_maxima_of_pairs_are_of_hopper_and_newer(
+    capability: dict[int, tuple[int, int]],
+) -> None:
+    capability.update(enumerate([(8, 9), (9, 0), (10, 0)]))
+    devices = [CPU, *(torch.device("cuda", index) for index in capability)]
+    assert [hardware.has_maxima_of_pairs(x) for x in devices] == [False, False, True, True]
+
+
 def test_hopper_units_are_those_of_one_capability(
     capability: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

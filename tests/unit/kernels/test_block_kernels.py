@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8dist import kernels, numerics
+from fp8dist import hardware, kernels, numerics
 from fp8dist.numerics import Scaled
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
 
@@ -17,9 +17,12 @@ if not torch.backends.cuda.is_built():
 
 from triton.knobs import runtime  # noqa: E402  # where there is Triton
 
+from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
+
 pytestmark = pytest.mark.gpu
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TILES = "quantize_kernel"
 
 
 @contextmanager
@@ -55,8 +58,9 @@ def views(content: str) -> Iterator[tuple[torch.Tensor, bool]]:
     yield whole[:128, :128], True
     yield whole[3:200, 8:648], True
     yield whole[::2], True
+    yield whole[:1].expand(130, 1024), True
     yield whole[:, 4:516], False  # begins at a multiple of 8 bytes only
-    yield whole.flatten()[: 250 * 1020].view(250, 1020)[:, :896], False
+    yield whole.flatten()[: 250 * 1032].view(250, 1032)[:, :896], False  # and its rows do
     yield whole.float(), False
     yield whole.half(), False
 
@@ -68,7 +72,7 @@ def test_blocks_of_128(content, scale_format):
         args = (x, (1, 128), (128, 1), E4M3, scale_format)
         with launched() as names:
             found = kernels.quantize_both(*args)
-        assert names == ["quantize_blocks_of_128_kernel" if by_patches else "quantize_kernel"]
+        assert names == ["quantize_blocks_of_128_kernel" if by_patches else TILES]
         assert_all_same([*found], [*numerics.quantize_both(*args)])
 
 
@@ -76,7 +80,16 @@ def test_blocks_of_128_of_e5m2():
     args = (make((256, 512), "wide", torch.bfloat16), (1, 128), (128, 1), E5M2, "power_of_2")
     with launched() as names:
         found = kernels.quantize_both(*args)
-    assert names == ["quantize_kernel"]
+    assert names == [TILES]
+    assert_all_same([*found], [*numerics.quantize_both(*args)])
+
+
+def test_older_devices_cast_by_tiles(monkeypatch):
+    monkeypatch.setattr(hardware, "has_maxima_of_pairs", lambda device: False)
+    args = (make((256, 512), "wide", torch.bfloat16), (1, 128), (128, 1), E4M3, "power_of_2")
+    with launched() as names:
+        found = kernels.quantize_both(*args)
+    assert names == [TILES]
     assert_all_same([*found], [*numerics.quantize_both(*args)])
 
 
@@ -113,7 +126,9 @@ def test_of_a_part_of_what_arrived(after):
     for start, stop in [(0, 512), (32, 512), (64, 160), (0, 32)]:
         data = bytes_of_rows.view(E4M3)[:, start:stop]
         part = Scaled(data, x.scale[:, start // 32 : stop // 32], (1, 32))
-        found = kernels.rescale_transposed(part, (32, 1), None, "e8m0")
+        with launched() as names:
+            found = kernels.rescale_transposed(part, (32, 1), None, "e8m0")
+        assert names == ["derive_blocks_of_32_kernel"]
         value = numerics.dequantize(part.data, part.scale)
         _, want = numerics.quantize_both(value, None, (32, 1), E4M3, "e8m0")
         assert_all_same([found], [want])
@@ -123,5 +138,22 @@ def test_of_a_part_of_what_arrived(after):
 def test_blocks_that_no_kernel_derives_are_refused(block, scale_format):
     """Of a width that is neither a tile's nor, of e8m0, 32."""
     x = numerics.quantize(make((256, 512), "wide", torch.float32), block, E4M3, scale_format)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"no kernel casts to None and \(32, 1\)"):
         kernels.rescale_transposed(x, (32, 1), None, scale_format)
+
+
+@pytest.mark.parametrize(("block", "to"), [((1, 32), (32, 1)), ((1, 128), (128, 1))])
+def test_scales_of_blocks_that_are_given_are_refused(block, to):
+    x = numerics.quantize(make((256, 512), "wide", torch.float32), block, E4M3, "e8m0")
+    with pytest.raises(AssertionError, match="scales given: True"):
+        kernels.rescale_transposed(x, to, torch.ones(8, 512, device="cuda"), "e8m0")
+
+
+def test_what_is_too_large_for_offsets_of_32_bits_is_cast_by_tiles(monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_IN_BLOCKS", 512)
+    for shape, name in [((512, 512), "quantize_blocks_of_128_kernel"), ((640, 512), TILES)]:
+        args = (make(shape, "wide", torch.bfloat16), (1, 128), (128, 1), E4M3, "power_of_2")
+        with launched() as names:
+            found = kernels.quantize_both(*args)
+        assert names == [name]
+        assert_all_same([*found], [*numerics.quantize_both(*args)])
