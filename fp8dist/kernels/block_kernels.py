@@ -80,6 +80,16 @@ def _cast_pairs_of_columns(pairs_0, pairs_1, pairs_2, pairs_3, scale, next_scale
 
 
 @triton.jit
+def _rows_of_fours(x):
+    """The first, second, third and fourth rows of all fours of rows of patches, dim 3."""
+    fours = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 4, 2, 2, x.shape[4]))
+    even, odd = tl.split(tl.permute(fours, (0, 1, 2, 3, 6, 4, 5)))
+    row_0, row_2 = tl.split(even)
+    row_1, row_3 = tl.split(odd)
+    return row_0, row_1, row_2, row_3
+
+
+@triton.jit
 def quantize_blocks_of_128_kernel(
     x_ptr,
     data_ptr,
@@ -148,10 +158,7 @@ def quantize_blocks_of_128_kernel(
     scales = tl.broadcast_to(scale[None, :, None, :, None], (8, 8, 2, 16, 4))
     tl.store(data_ptr + rows * (N // 2) + pairs, _cast_pairs_of_rows(x, scales), mask=mask)
 
-    fours = tl.permute(tl.reshape(x, (8, 8, 2, 4, 2, 2, 4)), (0, 1, 2, 3, 6, 4, 5))
-    even, odd = tl.split(fours)  # rows
-    row_0, row_2 = tl.split(even)
-    row_1, row_3 = tl.split(odd)
+    row_0, row_1, row_2, row_3 = _rows_of_fours(x)
     t_scale, next_t_scale = t_scale[:, None, :, None, :], next_t_scale[:, None, :, None, :]
     column, next_column = _cast_pairs_of_columns(row_0, row_1, row_2, row_3, t_scale, next_t_scale)
     own_four = tl.arange(0, 4)[None, None, None, None, :]
@@ -252,11 +259,7 @@ def derive_blocks_of_32_kernel(
     index += first_column + tl.arange(0, 8)[None, None, :]
     tl.store(t_scale_ptr + pid_m.to(tl.int64) * N + index, t_scale, mask=index < N)
 
-    x *= t_scale[:, :, None, None, :]
-    fours = tl.permute(tl.reshape(x, (4, 4, 2, 4, 2, 2, 8)), (0, 1, 2, 3, 6, 4, 5))
-    even, odd = tl.split(fours)  # rows
-    row_0, row_2 = tl.split(even)
-    row_1, row_3 = tl.split(odd)
+    row_0, row_1, row_2, row_3 = _rows_of_fours(x * t_scale[:, :, None, None, :])
     four = _cast_four_rows(row_0, row_1, row_2, row_3, FLOAT8_EXPONENT == 8)
     own_four = tl.arange(0, 4)[None, None, None, None, :]
     own_column = tl.arange(0, 8)[None, None, None, :, None]
