@@ -1,28 +1,29 @@
-"""What is kept about a sharded weight, and when it counts as outdated."""
+"""What is kept about a sharded weight, what is said of NaN and Inf, and that copies start empty."""
 
 import copy
 import logging
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn as nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 import fp8dist
-from fp8dist import Float8Config, kernels
+from fp8dist import Float8Config
 from fp8dist.tensors import weight_state
-from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
-from fp8dist.tensors.weight_state import WeightState, local_float8, update_scales
+from fp8dist.tensors.weight_state import WeightState, update_scales
 from tests.unit.tensors.sharded_layer import K, N, hp_weight, shard_of, sharded
+
+pytestmark = pytest.mark.usefixtures("say_it_again")
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,28 +31,6 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.tensor(448 / weight.abs().max().item(), dtype=torch.float32)
     data = (weight.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return data.view(torch.uint8), scale
-
-
-@pytest.fixture(autouse=True)
-def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Warnings that are given once per process are given once per test."""
-    monkeypatch.setattr(weight_state, "_reported_non_finite", False)
-    monkeypatch.setattr(weight_state, "_warned_stale", False)
-    yield
-
-
-@pytest.fixture
-def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many weights each pass over the shards has covered."""
-    calls: list[int] = []
-    compute_scales = weight_state.precompute.compute_scales
-
-    def counting(shards: list[Any], *args: Any) -> Any:
-        calls.append(len(shards))
-        return compute_scales(shards, *args)
-
-    monkeypatch.setattr(weight_state.precompute, "compute_scales", counting)
-    return calls
 
 
 @pytest.fixture
@@ -219,79 +198,6 @@ def test_update_scales_takes_many_weights_at_once(
     assert len(storages) == 3, "each in a storage of its own"
 
 
-# --- healing
-
-
-def test_reading_outdates_nothing(mesh: DeviceMesh, amaxes_computed: list[int]) -> None:
-    layer = sharded(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    layer.state_dict()
-    layer.weight.full_tensor()
-    layer.weight.norm()
-    repr(layer.weight)
-    nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-    layer(torch.ones(4, K))
-    layer.reshard()
-    assert amaxes_computed == [1]
-
-
-def test_lazy_initialisation_that_moves_a_shard_outdates_nothing(
-    mesh: DeviceMesh, amaxes_computed: list[int]
-) -> None:
-    """FSDP2 does it on ranks with a short shard, and those only: they must not communicate."""
-    layer = sharded(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    local = layer.weight._local_tensor
-    padded = local.new_zeros(N + 1, K)
-    with torch.no_grad():
-        padded.narrow(0, 0, N).copy_(local)
-    layer.weight._local_tensor = padded.narrow(0, 0, N)
-    assert layer.weight_state.seen.still_holds(layer.weight)
-    assert amaxes_computed == [1]
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    assert not layer.weight_state.seen.still_holds(layer.weight)
-
-
-def test_outdated_scales_are_healed_at_the_gather_with_one_warning(
-    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
-) -> None:
-    layer, reference = sharded(mesh), sharded(mesh)
-    optimizers = [torch.optim.AdamW(m.parameters(), 0.1) for m in (layer, reference)]
-    fp8dist.register_precompute_hook(optimizers[1], reference)
-    for step in range(3):
-        outputs = []
-        for model, optimizer in zip((layer, reference), optimizers, strict=True):
-            output = model(torch.ones(4, K) + step)
-            output.sum().backward()
-            model.reshard()
-            optimizer.step()
-            optimizer.zero_grad()
-            outputs.append(output.detach())
-        assert torch.equal(*outputs), step
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "precompute_float8_dynamic_scale_for_fsdp" in warning
-    assert "register_precompute_hook" in warning
-
-
-def test_the_warning_names_the_layer(mesh: DeviceMesh, caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.ReLU(), nn.Linear(K, N))
-    fp8dist.convert_to_float8_training(model)
-    fully_shard(model, mesh=mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-    with torch.no_grad():
-        model[1].weight.mul_(2)
-    model(torch.ones(4, K))
-    assert "1 was edited after its float8 scales were computed" in caplog.text
-
-
-def test_the_first_gather_computes_scales_without_a_warning(
-    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
-) -> None:
-    sharded(mesh)(torch.ones(4, K))
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
 # --- NaN and Inf
 
 
@@ -375,85 +281,3 @@ def test_a_state_does_not_keep_its_model_alive() -> None:
     assert state.root() is model
     del model
     assert state.root() is None
-
-
-# --- tensor parallelism alone
-
-
-def over_tp(mesh: DeviceMesh, **options: Any) -> nn.Module:
-    layer = nn.Linear(K, N, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(hp_weight())
-    fp8dist.convert_to_float8_training(layer, config=Float8Config("rowwise", **options))
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(0)]))
-    return layer
-
-
-def use(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Float8Tensor:
-    return local_float8(layer.weight_state, layer.weight, dtype)
-
-
-def check_value(found: Float8Tensor, weight: torch.Tensor) -> None:
-    """As FSDP2 gathers it of one rank."""
-    scale = 2.0 ** torch.floor(torch.log2(448 / weight.abs().amax(1, keepdim=True)))
-    assert torch.equal(found._scales[1], scale)
-    assert torch.equal(found._scales[0], 1 / scale)
-    assert torch.equal(found._data.float(), (weight * scale).to(torch.float8_e4m3fn).float())
-
-
-@pytest.mark.parametrize("precompute", [True, False])
-def test_a_weight_over_tp_is_cast_once_per_step(
-    mesh: DeviceMesh, precompute: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = over_tp(mesh)
-    if precompute:
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    first = use(layer, torch.bfloat16)
-    assert (first.shape, first.dtype, first.requires_grad) == ((N, K), torch.bfloat16, False)
-    check_value(first, hp_weight())
-    monkeypatch.setattr(weight_state, "update_scales", lambda *_: pytest.fail("computed again"))
-    monkeypatch.setattr(WeightState, "shard_now", lambda state, _: state.shard[1])
-    monkeypatch.setattr(kernels, "cast_into", lambda _: pytest.fail("cast again"))
-    again = use(layer)
-    assert again._data.data_ptr() == first._data.data_ptr()
-    assert again._scales is first._scales
-
-
-def test_an_edited_weight_over_tp_is_cast_again_and_warned_of_once(
-    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warned: list[str] = []
-    monkeypatch.setattr(weight_state, "_warn_stale", warned.append)
-    layer = over_tp(mesh)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    with torch.no_grad():
-        layer.weight.mul_(3)
-    check_value(use(layer), hp_weight() * 3)
-    check_value(use(layer), hp_weight() * 3)
-    assert warned == [""]
-
-
-def test_a_weight_over_tp_without_a_cached_payload(mesh: DeviceMesh) -> None:
-    layer = over_tp(mesh, cache_payload=False)
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    assert layer.weight_state.payload is None
-    check_value(use(layer), hp_weight())
-    assert use(layer)._data.data_ptr() != use(layer)._data.data_ptr()
-
-
-def test_who_gathers_the_weight_is_known_before_the_first_use(mesh: DeviceMesh) -> None:
-    tp_and_dp = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
-    layer, model = over_tp(tp_and_dp["tp"]), sharded(mesh)
-    for module in (layer, model):
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(module)
-    assert layer.weight_state.gathered is False
-    assert model.weight_state.gathered is True
-    state = layer.weight_state
-    state.set_gathered(False)
-    assert state.scales is not None
-    fully_shard(layer, mesh=tp_and_dp["dp"])
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    assert state.gathered is True
-    # What was computed for another use is not kept.
-    state.set_gathered(False)
-    assert state.scales is state.seen is state.shard is state.payload is None

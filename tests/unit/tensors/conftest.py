@@ -1,0 +1,30 @@
+"""What tests of `WeightState` share: warnings from anew, and how often amaxes are computed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fp8dist.tensors import weight_state
+
+
+@pytest.fixture
+def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Warnings that are given once per process are given once per test."""
+    monkeypatch.setattr(weight_state, "_reported_non_finite", False)
+    monkeypatch.setattr(weight_state, "_warned_stale", False)
+    yield
+
+
+@pytest.fixture
+def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each pass over the shards has covered."""
+    calls: list[int] = []
+    compute_scales = weight_state.precompute.compute_scales
+
+    def counting(shards: list[Any], *args: Any) -> Any:
+        calls.append(len(shards))
+        return compute_scales(shards, *args)
+
+    monkeypatch.setattr(weight_state.precompute, "compute_scales", counting)
+    return calls
