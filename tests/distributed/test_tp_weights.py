@@ -1,20 +1,14 @@
 """The float8 weights of tensor parallelism, alone and under FSDP2: parts of the full weight's, bit
 for bit, with one all-reduce for all."""
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn as nn
-from expecttest import assert_expected_inline
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -22,103 +16,21 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fp8dist
-from fp8dist.config import RECIPES, WHOLE
-from fp8dist.tensors import weight_state
-from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.weight_state import local_float8
 from tests.distributed.harness import DEVICE, run_on_ranks
-from tests.distributed.test_placement import Quantized, quantized, weight_of
+from tests.distributed.test_placement import weight_of
 from tests.distributed.toy import RECIPE_NAMES, full, same_bits, warnings_of_the_library
+from tests.distributed.tp_layers import (
+    CUTS,
+    SHAPES,
+    Layers,
+    check,
+    mesh_of,
+    new_model,
+    read,
+    unshard,
+)
 from tests.distributed.wire import collectives
-
-# (N, K) of each layer, and the dimension that tensor parallelism over 4 ranks cuts, if it does:
-# into whole blocks of 128.
-SHAPES = {"colwise": (512, 128), "rowwise": (128, 512), "plain": (256, 128)}
-CUTS = {"colwise": 0, "rowwise": 1}
-
-
-class Layers(nn.Module):
-    """Layers by name, of which the weights matter and not what they compute."""
-
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.get_submodule(name)
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        return self.named_children()
-
-    def forward(self) -> None:
-        """FSDP2 takes no modules without one."""
-
-
-@functools.cache
-def mesh_of(*sizes: int) -> DeviceMesh:
-    """(tp,), (dp, tp) or (replicate, dp, tp)."""
-    names = ("replicate", "dp", "tp")[-len(sizes) :]
-    return init_device_mesh(DEVICE, sizes, mesh_dim_names=names)
-
-
-def new_model(
-    mesh: DeviceMesh,
-    recipe: str = "tensorwise",
-    dtype: torch.dtype = torch.float32,
-    fsdp_dim: int = 0,
-    **options: Any,
-) -> Layers:
-    """Converted, cut by torch's own styles, and sharded if the mesh has more than tp."""
-    model = Layers(
-        {
-            name: nn.Linear(shape[1], shape[0], bias=False, device=DEVICE, dtype=dtype)
-            for name, shape in SHAPES.items()
-        }
-    )
-    with torch.no_grad():
-        for name, shape in SHAPES.items():
-            model[name].weight.copy_(weight_of(shape, dtype))
-    fp8dist.convert_to_float8_training(model, config=fp8dist.Float8Config(recipe, emulate=True))
-    plan = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
-    parallelize_module(model, mesh["tp"], plan)
-    if mesh.ndim > 1:
-        names = mesh.mesh_dim_names[:-1]
-        dp = mesh[names if len(names) > 1 else names[0]]
-        if "cp" in names:
-            dp = dp._flatten("dp_cp")
-        fully_shard(model, mesh=dp, shard_placement_fn=lambda p: Shard(fsdp_dim), **options)
-    return model
-
-
-def unshard(model: Layers) -> dict[str, Float8Tensor]:
-    """Each rank's part of the weights in float8; all of those that are not cut."""
-    if hasattr(model, "unshard"):
-        model.unshard()
-        weights = {name: layer.weight for name, layer in model.items()}
-        return {
-            name: w._local_tensor if isinstance(w, DTensor) else w for name, w in weights.items()
-        }
-    return {
-        name: local_float8(model[name].weight_state, model[name].weight, torch.float32)
-        for name in CUTS
-    }
-
-
-def read(weight: Float8Tensor, recipe: str) -> Any:
-    """(bytes, scales, scales of the backward operand or None)"""
-    for scales in (weight._scales, weight._scales_for_grad_input):
-        if scales is not None and scales.dtype == torch.float32:
-            assert scales.is_contiguous() and scales.storage_offset() == 0
-            assert scales.untyped_storage().nbytes() == scales.nbytes, "in a storage of its own"
-            assert same_bits(scales[0], scales[1].reciprocal())
-    data, scales, *_ = weight.unpack(RECIPES[recipe].weight)
-    backward = weight._scales_for_grad_input
-    return (
-        data.contiguous().view(torch.uint8).cpu().clone(),
-        scales.cpu().clone(),
-        None if backward is None else backward[1].cpu().clone(),
-    )
 
 
 def unsharded(mesh: tuple[int, ...], recipe: str, dtype: torch.dtype, fsdp_dim: int) -> list[Any]:
@@ -130,33 +42,6 @@ def unsharded(mesh: tuple[int, ...], recipe: str, dtype: torch.dtype, fsdp_dim: 
             fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
         found.append({name: read(weight, recipe) for name, weight in unshard(model).items()})
     return found
-
-
-@functools.cache
-def expected(name: str, recipe: str, dtype: torch.dtype, factor: float = 1) -> list[Quantized]:
-    """Bytes and scales of the full weight on one device, for both matmuls."""
-    weight, of = weight_of(SHAPES[name], dtype) * factor, RECIPES[recipe]
-    return [quantized(weight, block, of) for block in (of.weight, of.weight_for_grad_input)]
-
-
-def check(
-    found: dict[str, Any], recipe: str, dtype: torch.dtype, rank: int, tp: int, factor: float = 1
-) -> None:
-    of = RECIPES[recipe]
-    for name, (data, scales, backward) in found.items():
-
-        def part(x: torch.Tensor, block: tuple[int, int], dim: int | None) -> torch.Tensor:
-            cut = dim is not None and block[dim] != WHOLE
-            return x.chunk(tp, dim)[rank % tp] if cut else x
-
-        (own_data, own_scales), (_, other_scales) = expected(name, recipe, dtype, factor)
-        dim = CUTS.get(name)
-        assert same_bits(data, part(own_data, (1, 1), dim))
-        assert same_bits(scales, part(own_scales, of.weight, dim))
-        exchanged = of.weight != of.weight_for_grad_input and of.scale_format != "e8m0"
-        assert (backward is not None) == exchanged
-        if exchanged:
-            assert same_bits(backward, part(other_scales, of.weight_for_grad_input, dim))
 
 
 MESHES = [(2,), (4,), (1, 2), (2, 1), (2, 2), (3, 1), (2, 1, 2)]
@@ -220,142 +105,6 @@ def test_copies_of_a_weight_that_differ_are_cast_by_the_scales_of_all(recipe: st
     for own, found in run_on_ranks(4, copies_that_differ, recipe):
         # e4m3 rounds to 1/16 at most; a scale that is another rank's doubles or halves.
         torch.testing.assert_close(found, own, rtol=1 / 16, atol=0)
-
-
-# --- collectives
-
-
-def phases(mesh: tuple[int, ...], recipe: str) -> tuple[str, list[str], Any]:
-    """The collectives of some steps, what was warned of, and the weights after the edit."""
-    model, lines = new_model(mesh_of(*mesh), recipe), []
-
-    def gather(phase: str) -> dict[str, Float8Tensor]:
-        # `local_float8` hides from dispatch modes, the recorder of collectives among them.
-        seen = mock.patch.object(weight_state, "_disable_current_modes", contextlib.nullcontext)
-        with collectives() as issued, seen:
-            weights = unshard(model)
-        lines.extend([phase, *(f"  {collective}" for collective in issued)])
-        return weights
-
-    with warnings_of_the_library() as messages:
-        for phase in ("first precompute", "second precompute"):
-            with collectives() as issued:
-                fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-            lines += [phase, *(f"  {collective}" for collective in issued)]
-        for phase in ("gather", "once more"):
-            gather(phase)
-            model.reshard() if len(mesh) > 1 else None
-        with torch.no_grad():
-            for param in model.parameters():
-                param.mul_(1.5)
-        weights = gather("gather of edited weights")
-    return "\n".join(lines), messages, {name: read(w, recipe) for name, w in weights.items()}
-
-
-def text(mesh: tuple[int, ...], recipe: str, warns: bool = True) -> str:
-    results = run_on_ranks(math.prod(mesh), phases, mesh, recipe)
-    lines, messages, _ = results[0]
-    for rank, (of_rank, warned, edited) in enumerate(results):
-        assert of_rank == lines
-        assert warned == messages
-        assert [message.split(" after")[0] for message in warned] == ["colwise was edited"] * warns
-        check(edited, recipe, torch.float32, rank, mesh[-1], 1.5)
-    return lines
-
-
-# Payloads: 512 * 128 / 2 / 2 bytes of each of the layers in the plan, 256 * 128 / 2 of the other.
-
-
-def test_collectives_of_fsdp_and_tp() -> None:
-    assert_expected_inline(
-        text((2, 2), "tensorwise"),
-        """\
-first precompute
-  all_reduce MAX int32[3] over 4 ranks
-second precompute
-  all_reduce MAX int32[3] over 4 ranks
-gather
-  all_gather uint8[49152] over 2 ranks
-once more
-  all_gather uint8[49152] over 2 ranks
-gather of edited weights
-  all_reduce MAX int32[1] over 4 ranks
-  all_reduce MAX int32[1] over 4 ranks
-  all_reduce MAX int32[1] over 2 ranks
-  all_gather uint8[49152] over 2 ranks""",
-    )
-
-
-# Amaxes: of 512 rows and 128 columns or the other way round, and of 256 rows and 128 columns.
-
-
-def test_collectives_of_fsdp_and_tp_rowwise() -> None:
-    assert_expected_inline(
-        text((2, 2), "rowwise"),
-        """\
-first precompute
-  all_reduce MAX int32[1664] over 4 ranks
-second precompute
-  all_reduce MAX int32[1664] over 4 ranks
-gather
-  all_gather uint8[49152] over 2 ranks
-once more
-  all_gather uint8[49152] over 2 ranks
-gather of edited weights
-  all_reduce MAX int32[640] over 4 ranks
-  all_reduce MAX int32[640] over 4 ranks
-  all_reduce MAX int32[384] over 2 ranks
-  all_gather uint8[49152] over 2 ranks""",
-    )
-
-
-# MXFP8's scales travel with the payload: a byte for every 32. Edits cost no collective.
-
-
-def test_collectives_of_fsdp_and_tp_mxfp8() -> None:
-    assert_expected_inline(
-        text((2, 2), "mxfp8_rceil", warns=False),
-        """\
-first precompute
-second precompute
-gather
-  all_gather uint8[50688] over 2 ranks
-once more
-  all_gather uint8[50688] over 2 ranks
-gather of edited weights
-  all_gather uint8[50688] over 2 ranks""",
-    )
-
-
-def test_collectives_of_tp_alone() -> None:
-    assert_expected_inline(
-        text((4,), "tensorwise"),
-        """\
-first precompute
-  all_reduce MAX int32[2] over 4 ranks
-second precompute
-  all_reduce MAX int32[2] over 4 ranks
-gather
-once more
-gather of edited weights
-  all_reduce MAX int32[1] over 4 ranks
-  all_reduce MAX int32[1] over 4 ranks""",
-    )
-
-
-def first_gather() -> list[str]:
-    """Without any precompute: in forward the ranks of other pipeline stages may be elsewhere."""
-    # The ranks in another order than in other tests, which have made their group.
-    model = new_model(DeviceMesh(DEVICE, [[0, 2], [1, 3]], mesh_dim_names=("dp", "tp")))
-    with collectives() as issued:
-        unshard(model)
-    return [str(collective) for collective in issued]
-
-
-def test_a_gather_before_any_precompute_makes_no_group() -> None:
-    both = ["all_reduce MAX int32[1] over 2 ranks"] * 2  # along dp, then along tp
-    payload = "all_gather uint8[49152] over 2 ranks"
-    assert run_on_ranks(4, first_gather) == [[*both, *both, both[0], payload]] * 4
 
 
 # --- what else holds under tensor parallelism
