@@ -17,8 +17,6 @@ from tests.distributed.toy import warnings_of_the_library
 from tests.distributed.tp_layers import check, mesh_of, new_model, read, unshard
 from tests.distributed.wire import collectives
 
-# --- collectives
-
 
 def phases(mesh: tuple[int, ...], recipe: str) -> tuple[str, list[str], Any]:
     """The collectives of some steps, what was warned of, and the weights after the edit."""

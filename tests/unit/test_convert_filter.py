@@ -9,8 +9,6 @@ from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 
 from fp8dist import float8_module_filter
 
-# --- float8_module_filter
-
 
 @pytest.fixture
 def unmeasured_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

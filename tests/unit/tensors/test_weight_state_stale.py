@@ -14,9 +14,6 @@ from tests.unit.tensors.sharded_layer import K, N, sharded
 pytestmark = pytest.mark.usefixtures("say_it_again")
 
 
-# --- healing
-
-
 def test_reading_outdates_nothing(mesh: DeviceMesh, amaxes_computed: list[int]) -> None:
     layer = sharded(mesh)
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)

@@ -19,9 +19,6 @@ from tests.unit.tensors.sharded_layer import K, N, hp_weight, sharded
 pytestmark = pytest.mark.usefixtures("say_it_again")
 
 
-# --- tensor parallelism alone
-
-
 def over_tp(mesh: DeviceMesh, **options: Any) -> nn.Module:
     layer = nn.Linear(K, N, bias=False)
     with torch.no_grad():
