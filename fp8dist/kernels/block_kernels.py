@@ -17,9 +17,28 @@ from fp8dist.kernels.triton_kernels import _store_scale, amax_to_scale
 #
 # Triton does not let a kernel say which thread has what, but it follows rules: the dim whose
 # addresses are adjacent goes to a thread's registers, as far as a load or store is wide, and then
-# the others, from the first on, to the threads of a warp, to the warps, and to registers. So a tile
-# has a dim for each, in this order: columns to the threads of a warp, rows to threads (and warps),
-# columns to warps, rows of a patch, columns of a patch. The transpose swaps the last two.
+# the others to the threads of a warp, to the warps, and to registers, with version 3.6 from the
+# first on and with newer ones from the last but one back. So a tile has a dim for each, in this
+# order or, but for the last, in the opposite one: columns to the threads of a warp, rows to
+# threads (and warps), columns to warps (or blocks of them, first), rows of a patch, columns of a
+# patch. Rows of a patch are dim ROWS, 3 or 0, and the transpose swaps it and the last. Were Triton
+# to follow others, the bytes would be the same, and a thread out of registers.
+
+
+@triton.jit
+def _along(SIZE: tl.constexpr, DIM: tl.constexpr):
+    """0, 1, ..., SIZE - 1 along a dim of five."""
+    numbers = tl.arange(0, SIZE)
+    if DIM == 0:
+        return numbers[:, None, None, None, None]
+    elif DIM == 1:
+        return numbers[None, :, None, None, None]
+    elif DIM == 2:
+        return numbers[None, None, :, None, None]
+    elif DIM == 3:
+        return numbers[None, None, None, :, None]
+    else:
+        return numbers[None, None, None, None, :]
 
 
 @triton.jit
@@ -80,13 +99,23 @@ def _cast_pairs_of_columns(pairs_0, pairs_1, pairs_2, pairs_3, scale, next_scale
 
 
 @triton.jit
-def _rows_of_fours(x):
-    """The first, second, third and fourth rows of all fours of rows of patches, dim 3."""
-    fours = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 4, 2, 2, x.shape[4]))
-    even, odd = tl.split(tl.permute(fours, (0, 1, 2, 3, 6, 4, 5)))
+def _rows_of_fours(x, ROWS: tl.constexpr):
+    """The first, second, third and fourth rows of all fours of rows of patches."""
+    if ROWS == 3:
+        fours = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 4, 2, 2, x.shape[4]))
+        fours = tl.permute(fours, (0, 1, 2, 3, 6, 4, 5))
+    else:
+        fours = tl.reshape(x, (4, 2, 2, x.shape[1], x.shape[2], x.shape[3], x.shape[4]))
+        fours = tl.permute(fours, (0, 3, 4, 5, 6, 1, 2))
+    even, odd = tl.split(fours)
     row_0, row_2 = tl.split(even)
     row_1, row_3 = tl.split(odd)
     return row_0, row_1, row_2, row_3
+
+
+@triton.jit
+def _transposed(x, ROWS: tl.constexpr):
+    return tl.permute(x, (0, 1, 2, 4, 3) if ROWS == 3 else (4, 1, 2, 3, 0))
 
 
 @triton.jit
@@ -102,19 +131,20 @@ def quantize_blocks_of_128_kernel(
     x_stride,
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """`quantize_kernel` of bfloat16 x to e4m3 by blocks of 1 x 128 and, transposed, 128 x 1. A tile
-    is 128 x 128, of 4 warps, and x is read as pairs of columns; N is a multiple of 128.
+    is 128 x 128, of 4 warps, and x is read as pairs of columns; N is a multiple of 128. For ROWS
+    see [Note: patches].
     """
+    N_THREAD: tl.constexpr = 3 - ROWS
+    M_THREAD: tl.constexpr = 1 if ROWS == 3 else 2
+    N_WARP: tl.constexpr = 2 if ROWS == 3 else 1
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     first = pid_m.to(tl.int64) * 128
-    n_thread = tl.arange(0, 8)[:, None, None, None, None]
-    m_thread = tl.arange(0, 8)[None, :, None, None, None]
-    n_warp = tl.arange(0, 2)[None, None, :, None, None]
-    own_row = tl.arange(0, 16)[None, None, None, :, None]
-    own_pair = tl.arange(0, 4)[None, None, None, None, :]
-    rows = m_thread * 16 + own_row
-    pairs = n_warp * 32 + n_thread * 4 + own_pair
+    rows = _along(8, M_THREAD) * 16 + _along(16, ROWS)
+    first_pair = _along(2, N_WARP) * 32 + _along(8, N_THREAD) * 4
+    pairs = first_pair + _along(4, 4)
     mask = rows < M - pid_m * 128
     x_ptr = (x_ptr + first * x_stride + pid_n * 128).to(tl.pointer_type(tl.int32), bitcast=True)
     x = tl.load(x_ptr + rows * (x_stride // 2) + pairs, mask=mask, other=0)
@@ -122,13 +152,16 @@ def quantize_blocks_of_128_kernel(
     bits = x & 0x7FFF7FFF
     amax = tl.reduce(bits, 4, _larger_of_pairs)
     amax = tl.maximum(amax << 16, amax & 0x7FFF0000)
-    amax = tl.max(tl.max(amax, 0), 1)  # (8, 16)
+    if ROWS == 3:
+        amax = tl.max(tl.max(amax, 0), 1)[None, :, None, :, None]
+    else:
+        amax = tl.max(tl.max(amax, 3), 1)[:, None, :, None, None]
     scale = amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)
     # For the casts a thread has the scales of all its rows, and so has every other thread of these
     # rows. To be stored they are found anew, one by a thread: Triton hands amaxes over instead of
     # scales if those are of 16 bits first.
     amax = (amax >> 16).to(tl.int16).to(tl.int32) << 16
-    index = pid_m * 128 + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    index = pid_m * 128 + rows
     _store_scale(
         scale_ptr,
         pid_n.to(tl.int64) * M + index,
@@ -138,13 +171,16 @@ def quantize_blocks_of_128_kernel(
         FORMAT,
     )
 
-    t_amax = tl.reduce(tl.reduce(bits, 3, _larger_of_pairs), 1, _larger_of_pairs)  # (8, 2, 4)
+    if ROWS == 3:
+        t_amax = tl.reduce(tl.reduce(bits, 3, _larger_of_pairs), 1, _larger_of_pairs)
+        t_amax = t_amax[:, None, :, None, :]
+    else:
+        t_amax = tl.reduce(tl.reduce(bits, 0, _larger_of_pairs), 1, _larger_of_pairs)
+        t_amax = t_amax[None, :, None, :, :]
     t_scale = amax_to_scale(t_amax << 16, FLOAT8_EXPONENT, FORMAT)
     next_t_scale = amax_to_scale(t_amax & 0x7FFF0000, FLOAT8_EXPONENT, FORMAT)
-    t_amax = tl.join(t_amax.to(tl.int16), (t_amax >> 16).to(tl.int16))
-    t_amax = tl.reshape(t_amax, (8, 2, 8)).to(tl.int32) << 16
-    index = pid_n * 128 + tl.arange(0, 8)[None, None, :]
-    index += tl.arange(0, 8)[:, None, None] * 8 + tl.arange(0, 2)[None, :, None] * 64
+    t_amax = tl.join(t_amax.to(tl.int16), (t_amax >> 16).to(tl.int16)).to(tl.int32) << 16
+    index = pid_n * 128 + pairs[:, :, :, :, :, None] * 2 + tl.arange(0, 2)
     _store_scale(
         t_scale_ptr,
         pid_m.to(tl.int64) * N + index,
@@ -155,20 +191,17 @@ def quantize_blocks_of_128_kernel(
     )
 
     data_ptr = (data_ptr + first * N + pid_n * 128).to(tl.pointer_type(tl.int16), bitcast=True)
-    scales = tl.broadcast_to(scale[None, :, None, :, None], (8, 8, 2, 16, 4))
-    tl.store(data_ptr + rows * (N // 2) + pairs, _cast_pairs_of_rows(x, scales), mask=mask)
+    out = _cast_pairs_of_rows(x, tl.broadcast_to(scale, x.shape))
+    tl.store(data_ptr + rows * (N // 2) + pairs, out, mask=mask)
 
-    row_0, row_1, row_2, row_3 = _rows_of_fours(x)
-    t_scale, next_t_scale = t_scale[:, None, :, None, :], next_t_scale[:, None, :, None, :]
+    row_0, row_1, row_2, row_3 = _rows_of_fours(x, ROWS)
     column, next_column = _cast_pairs_of_columns(row_0, row_1, row_2, row_3, t_scale, next_t_scale)
-    own_four = tl.arange(0, 4)[None, None, None, None, :]
-    own_pair = tl.arange(0, 4)[None, None, None, :, None]
-    columns = n_warp * 64 + n_thread * 8 + own_pair * 2
+    columns = (first_pair + _along(4, ROWS)) * 2
     t_data_ptr += (pid_n * 128).to(tl.int64) * M_PADDED + first
     t_data_ptr = t_data_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    t_data_ptr += columns * (M_PADDED // 4) + m_thread * 4 + own_four
-    tl.store(t_data_ptr, tl.permute(column, (0, 1, 2, 4, 3)))
-    tl.store(t_data_ptr + M_PADDED // 4, tl.permute(next_column, (0, 1, 2, 4, 3)))
+    t_data_ptr += columns * (M_PADDED // 4) + _along(8, M_THREAD) * 4 + _along(4, 4)
+    tl.store(t_data_ptr, _transposed(column, ROWS))
+    tl.store(t_data_ptr + M_PADDED // 4, _transposed(next_column, ROWS))
 
 
 @triton.jit
@@ -223,11 +256,15 @@ def derive_blocks_of_32_kernel(
     scale_stride,
     scale_block_stride,
     FLOAT8_EXPONENT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Cast what float8 x (M, N) stands for, of e8m0 scales (M, N / 32) of blocks of 1 x 32, to its
     transpose, t_data (N, M_PADDED), by such scales of blocks of 32 x 1, t_scale (M_PADDED / 32, N).
-    A tile is 32 x 128, of one warp, and has a dim more: of the blocks in a row.
+    A tile is 32 x 128, of one warp. For ROWS see [Note: patches].
     """
+    BLOCK: tl.constexpr = 3 - ROWS
+    N_THREAD: tl.constexpr = 1 if ROWS == 3 else 2
+    M_THREAD: tl.constexpr = 2 if ROWS == 3 else 1
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     first, first_column = pid_m.to(tl.int64) * 32, pid_n * 128
     # Scales come before elements, whose layout is the one that is followed then; each is inverted
@@ -237,33 +274,35 @@ def derive_blocks_of_32_kernel(
     x_scale_ptr += first * scale_stride + rows * scale_stride
     x_scale_ptr += (pid_n * 4 + blocks) * scale_block_stride
     factor = _inverse_of_e8m0(tl.load(x_scale_ptr, mask=mask, other=1.0))
-    factor = tl.reshape(tl.trans(factor), (4, 1, 2, 16, 1))
+    if ROWS == 3:
+        factor = tl.reshape(tl.trans(factor), (4, 1, 2, 16, 1))
+    else:
+        factor = tl.permute(tl.reshape(factor, (2, 16, 4)), (1, 0, 2))
+        factor = tl.reshape(factor, (16, 2, 1, 4, 1))
 
-    block = tl.arange(0, 4)[:, None, None, None, None]
-    n_thread = tl.arange(0, 4)[None, :, None, None, None]
-    m_thread = tl.arange(0, 2)[None, None, :, None, None]
-    own_row = tl.arange(0, 16)[None, None, None, :, None]
-    own_column = tl.arange(0, 8)[None, None, None, None, :]
-    rows = m_thread * 16 + own_row
-    columns = block * 32 + n_thread * 8
+    rows = _along(2, M_THREAD) * 16 + _along(16, ROWS)
+    columns = _along(4, BLOCK) * 32 + _along(4, N_THREAD) * 8
     column_mask = columns < N - first_column
     x_ptr += first * x_stride + first_column
     # Nothing is added, but that Triton does not know: so it loads 8 elements at once, not 16.
-    x_ptr += rows * x_stride + (columns + own_column + tl.program_id(2) * 8)
+    x_ptr += rows * x_stride + (columns + _along(8, 4) + tl.program_id(2) * 8)
     x = tl.load(x_ptr, mask=(rows < M - pid_m * 32) & column_mask, other=0.0)
     x = x.to(tl.float32) * factor
 
-    amax = tl.reduce(tl.reduce(tl.abs(x), 3, _larger_or_nan), 2, _larger_or_nan)  # (4, 4, 8)
-    t_scale = amax_to_scale(amax, FLOAT8_EXPONENT, "e8m0")
-    index = tl.arange(0, 4)[:, None, None] * 32 + tl.arange(0, 4)[None, :, None] * 8
-    index += first_column + tl.arange(0, 8)[None, None, :]
+    # Given its other dims before it is a scale, the amax costs Triton 3.6 registers.
+    if ROWS == 3:
+        amax = tl.reduce(tl.reduce(tl.abs(x), 3, _larger_or_nan), 2, _larger_or_nan)
+        t_scale = amax_to_scale(amax, FLOAT8_EXPONENT, "e8m0")[:, :, None, None, :]
+    else:
+        amax = tl.reduce(tl.reduce(tl.abs(x), 0, _larger_or_nan), 0, _larger_or_nan)
+        t_scale = amax_to_scale(amax, FLOAT8_EXPONENT, "e8m0")[None, None, :, :, :]
+    index = first_column + columns + _along(8, 4)
     tl.store(t_scale_ptr + pid_m.to(tl.int64) * N + index, t_scale, mask=index < N)
 
-    row_0, row_1, row_2, row_3 = _rows_of_fours(x * t_scale[:, :, None, None, :])
+    row_0, row_1, row_2, row_3 = _rows_of_fours(x * t_scale, ROWS)
     four = _cast_four_rows(row_0, row_1, row_2, row_3, FLOAT8_EXPONENT == 8)
-    own_four = tl.arange(0, 4)[None, None, None, None, :]
-    own_column = tl.arange(0, 8)[None, None, None, :, None]
     t_data_ptr += first_column.to(tl.int64) * M_PADDED + first
     t_data_ptr = t_data_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    t_data_ptr += (columns + own_column) * (M_PADDED // 4) + m_thread * 4 + own_four
-    tl.store(t_data_ptr, tl.permute(four, (0, 1, 2, 4, 3)), mask=column_mask)
+    t_columns = columns + _along(8, ROWS)
+    t_data_ptr += t_columns * (M_PADDED // 4) + _along(2, M_THREAD) * 4 + _along(4, 4)
+    tl.store(t_data_ptr, _transposed(four, ROWS), mask=column_mask)

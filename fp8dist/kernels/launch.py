@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+import triton
 from torch._C import _cuda_getCurrentRawStream
 from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined] # not in stubs
 from triton.knobs import HookChain, runtime
@@ -53,7 +54,7 @@ def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
 # it looks at: dtypes, numbers, whether addresses are multiples of 16, and how it is compiled. It is
 # launched as `CompiledKernel.__getitem__` does, but for what that puts together and calls for hooks
 # when there are none. To look at again with a new Triton (this is 3.6 to 3.8): the arguments of
-# `CompiledKernel.run`, and that a chain of hooks has its `calls`.
+# `CompiledKernel.run`, that a chain of hooks has its `calls`, and [Note: patches].
 
 _compiled: dict[Hashable, Any] = {}
 _MOST_COMPILED = 4096  # numbers of tokens that vary would fill it without end
@@ -153,6 +154,7 @@ class _Plan(NamedTuple):
 # one: ptxas takes more for the first if it may.
 _BLOCKS_OF_128 = {"num_warps": 4, "maxnreg": 168}
 _DERIVED_BLOCKS_OF_32 = {"num_warps": 1, "maxnreg": 128}
+_PATCH_ROWS = 3 if triton.__version__.startswith("3.6.") else 0  # see [Note: patches]
 _MOST_IN_BLOCKS = 2**25  # rows, and elements from one row to the next: offsets are of 32 bits
 
 
@@ -220,7 +222,7 @@ def _plan(
             block_kernels.quantize_blocks_of_128_kernel,
             (m_padded // 128, n // 128, 1),
             (m, n, m_padded, stride),
-            (exponent, scale_format),
+            (exponent, scale_format, _PATCH_ROWS),
             _BLOCKS_OF_128,
         )
         return _Plan(sizes, amaxes, find, "blocks", by_blocks)
@@ -231,7 +233,7 @@ def _plan(
             block_kernels.derive_blocks_of_32_kernel,
             (m_padded // 32, cdiv(n, 128), 1),
             (m, n, m_padded, stride, *inverse[1:]),
-            (exponent,),
+            (exponent, _PATCH_ROWS),
             _DERIVED_BLOCKS_OF_32,
         )
         return _Plan(sizes, amaxes, find, "derived blocks", derived)

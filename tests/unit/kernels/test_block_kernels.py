@@ -142,6 +142,21 @@ def test_blocks_that_no_kernel_derives_are_refused(block, scale_format):
         kernels.rescale_transposed(x, (32, 1), None, scale_format)
 
 
+def test_dims_of_a_tile_in_either_order(monkeypatch):
+    """One is for this version of Triton, and fast; the other is for older or newer ones."""
+    x = make((200, 384), "wide", torch.bfloat16)
+    blocks = (x, (1, 128), (128, 1), E4M3, "power_of_2")
+    derived = (numerics.quantize(x, (1, 32), E4M3, "e8m0"), (32, 1), None, "e8m0")
+    for rows in (0, 3):
+        monkeypatch.setattr(launch, "_PATCH_ROWS", rows)
+        launch._plan.cache_clear()
+        found = [*kernels.quantize_both(*blocks), kernels.rescale_transposed(*derived)]
+        launch._plan.cache_clear()
+        value = numerics.dequantize(derived[0].data, derived[0].scale)
+        _, want = numerics.quantize_both(value, None, (32, 1), E4M3, "e8m0")
+        assert_all_same(found, [*numerics.quantize_both(*blocks), want])
+
+
 @pytest.mark.parametrize(("block", "to"), [((1, 32), (32, 1)), ((1, 128), (128, 1))])
 def test_scales_of_blocks_that_are_given_are_refused(block, to):
     x = numerics.quantize(make((256, 512), "wide", torch.float32), block, E4M3, "e8m0")
