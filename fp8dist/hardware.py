@@ -33,8 +33,10 @@ def has_float8_casts(device: torch.device) -> bool:
 
 
 def has_maxima_of_pairs(device: torch.device) -> bool:
-    """Whether the device has the larger of two pairs of 16 bits, PTX's `max.u16x2`, in one step."""
-    return device.type == "cuda" and _capability(_index(device)) >= (9, 0)
+    """Whether the device has the larger of two pairs of 16 bits in one step, PTX's `max.u16x2`."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return _capability(_index(device)) >= (9, 0)
 
 
 def has_matmul(device: torch.device, recipe: Recipe) -> bool:

@@ -291,25 +291,23 @@ def quantize(
     sizes, float8_dtype = plan.sizes, cast.float8_dtype
     data, scale = _empty(sizes[0], float8_dtype), _empty(sizes[1], torch.float32)
     t_data, t_scale = _empty(sizes[2], float8_dtype), _empty(sizes[3], torch.float32)
+    inverse = x if x_inverse is None else x_inverse  # x: not read
     if n == 0:  # no rows are not cast here, see `ops.in_kernels`
-        return data, scale, t_data, t_scale
-    if plan.by == "rows":
+        pass
+    elif plan.by == "rows":
         plan.cast(x, data, scale)
-        return data, scale, t_data, t_scale
-    if plan.by == "blocks":
+    elif plan.by == "blocks":
         plan.cast(x, data, scale, t_data, t_scale)
-        return data, scale, t_data, t_scale
-    if plan.by == "derived blocks" and x_inverse is not None:  # which it is not
-        plan.cast(x, x_inverse, t_data, t_scale)
-        return data, scale, t_data, t_scale
-    amax = x if new_scale is None else new_scale  # x: not read
-    inverse = x if x_inverse is None else x_inverse
-    if known_amax is not None:
-        amax = known_amax
-    elif plan.amaxes > 0:
-        amax = torch.zeros(plan.amaxes, dtype=torch.int32, device=x.device)
-        plan.find(x, inverse, amax)
-    plan.cast(x, inverse, amax, data, scale, t_data, t_scale)
+    elif plan.by == "derived blocks":
+        plan.cast(x, inverse, t_data, t_scale)
+    else:
+        amax = x if new_scale is None else new_scale  # x: not read
+        if known_amax is not None:
+            amax = known_amax
+        elif plan.amaxes > 0:
+            amax = torch.zeros(plan.amaxes, dtype=torch.int32, device=x.device)
+            plan.find(x, inverse, amax)
+        plan.cast(x, inverse, amax, data, scale, t_data, t_scale)
     return data, scale, t_data, t_scale
 
 

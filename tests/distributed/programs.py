@@ -92,6 +92,6 @@ def _be_program(
     sys.path.insert(0, str(Path(path).parent))
     try:
         runpy.run_path(path, run_name="__main__")
-    except Exception:
+    except Exception:  # as Python ends a program; multiprocessing would print it otherwise
         sys.excepthook(*sys.exc_info())  # torch's, which says what rank it is
         sys.exit(1)

@@ -55,11 +55,13 @@ def test_float8_matmul_by_capability(
 
 
 def test_maxima_of_pairs_are_of_hopper_and_newer(
-    capability: dict[int, tuple[int, int]],
+    capability: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capability.update(enumerate([(8, 9), (9, 0), (10, 0)]))
     devices = [CPU, *(torch.device("cuda", index) for index in capability)]
     assert [hardware.has_maxima_of_pairs(x) for x in devices] == [False, False, True, True]
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # whose capability (9, 4) is another's
+    assert not hardware.has_maxima_of_pairs(devices[2])
 
 
 def test_hopper_units_are_those_of_one_capability(

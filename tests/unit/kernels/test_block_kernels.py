@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8dist import hardware, kernels, numerics
+from fp8dist.config import ScaleFormat
 from fp8dist.numerics import Scaled
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
 
@@ -22,7 +23,7 @@ from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
 pytestmark = pytest.mark.gpu
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-TILES = "quantize_kernel"
+PATCHES, TILES = "quantize_blocks_of_128_kernel", "quantize_kernel"
 
 
 @contextmanager
@@ -50,6 +51,30 @@ def assert_all_same(got: list[Scaled | None], want: list[Scaled | None]) -> None
             assert_same_bytes(one.inverse, 1 / other.scale)
 
 
+def check_blocks_of_128(
+    x: torch.Tensor,
+    kernel: str = PATCHES,
+    float8_dtype: torch.dtype = E4M3,
+    scale_format: ScaleFormat = "power_of_2",
+) -> None:
+    """Cast by this kernel, and to the bytes of `numerics`."""
+    args = (x, (1, 128), (128, 1), float8_dtype, scale_format)
+    with launched() as names:
+        found = kernels.quantize_both(*args)
+    assert names == [kernel]
+    assert_all_same([*found], [*numerics.quantize_both(*args)])
+
+
+def check_derived(x: Scaled) -> None:
+    """The transpose is that of what arrived, by the amaxes of columns of its values."""
+    with launched() as names:
+        found = kernels.rescale_transposed(x, (32, 1), None, "e8m0")
+    assert names == ["derive_blocks_of_32_kernel"]
+    value = numerics.dequantize(x.data, x.scale)
+    _, want = numerics.quantize_both(value, None, (32, 1), x.data.dtype, "e8m0")
+    assert_all_same([found], [want])
+
+
 def views(content: str) -> Iterator[tuple[torch.Tensor, bool]]:
     """Matrices, and whether they may be read 16 bytes at a time."""
     whole = make((257, 1024), content, torch.bfloat16)
@@ -69,28 +94,16 @@ def views(content: str) -> Iterator[tuple[torch.Tensor, bool]]:
 @pytest.mark.parametrize("content", CONTENTS)
 def test_blocks_of_128(content, scale_format):
     for x, by_patches in views(content):
-        args = (x, (1, 128), (128, 1), E4M3, scale_format)
-        with launched() as names:
-            found = kernels.quantize_both(*args)
-        assert names == ["quantize_blocks_of_128_kernel" if by_patches else TILES]
-        assert_all_same([*found], [*numerics.quantize_both(*args)])
+        check_blocks_of_128(x, PATCHES if by_patches else TILES, scale_format=scale_format)
 
 
 def test_blocks_of_128_of_e5m2():
-    args = (make((256, 512), "wide", torch.bfloat16), (1, 128), (128, 1), E5M2, "power_of_2")
-    with launched() as names:
-        found = kernels.quantize_both(*args)
-    assert names == [TILES]
-    assert_all_same([*found], [*numerics.quantize_both(*args)])
+    check_blocks_of_128(make((256, 512), "wide", torch.bfloat16), TILES, E5M2)
 
 
 def test_older_devices_cast_by_tiles(monkeypatch):
     monkeypatch.setattr(hardware, "has_maxima_of_pairs", lambda device: False)
-    args = (make((256, 512), "wide", torch.bfloat16), (1, 128), (128, 1), E4M3, "power_of_2")
-    with launched() as names:
-        found = kernels.quantize_both(*args)
-    assert names == [TILES]
-    assert_all_same([*found], [*numerics.quantize_both(*args)])
+    check_blocks_of_128(make((256, 512), "wide", torch.bfloat16), TILES)
 
 
 def in_rows(scale: torch.Tensor) -> torch.Tensor:
@@ -109,13 +122,7 @@ def test_blocks_of_32_from_blocks_of_32(
 ) -> None:
     for shape in [(256, 512), (2, 32), (33, 96), (1000, 160), (95, 4224)]:
         x = numerics.quantize(make(shape, content, torch.float32), (1, 32), float8_dtype, "e8m0")
-        x = x._replace(scale=lie(x.scale))
-        with launched() as names:
-            found = kernels.rescale_transposed(x, (32, 1), None, "e8m0")
-        assert names == ["derive_blocks_of_32_kernel"]
-        value = numerics.dequantize(x.data, x.scale)
-        _, want = numerics.quantize_both(value, None, (32, 1), float8_dtype, "e8m0")
-        assert_all_same([found], [want])
+        check_derived(x._replace(scale=lie(x.scale)))
 
 
 @pytest.mark.parametrize("after", [0, 1, 4, 16], ids="{} bytes after each row".format)
@@ -125,13 +132,7 @@ def test_of_a_part_of_what_arrived(after):
     bytes_of_rows = torch.nn.functional.pad(x.data.view(torch.uint8), (0, after))
     for start, stop in [(0, 512), (32, 512), (64, 160), (0, 32)]:
         data = bytes_of_rows.view(E4M3)[:, start:stop]
-        part = Scaled(data, x.scale[:, start // 32 : stop // 32], (1, 32))
-        with launched() as names:
-            found = kernels.rescale_transposed(part, (32, 1), None, "e8m0")
-        assert names == ["derive_blocks_of_32_kernel"]
-        value = numerics.dequantize(part.data, part.scale)
-        _, want = numerics.quantize_both(value, None, (32, 1), E4M3, "e8m0")
-        assert_all_same([found], [want])
+        check_derived(Scaled(data, x.scale[:, start // 32 : stop // 32], (1, 32)))
 
 
 @pytest.mark.parametrize(("block", "scale_format"), [((1, 64), "e8m0"), ((1, 32), "power_of_2")])
@@ -145,16 +146,14 @@ def test_blocks_that_no_kernel_derives_are_refused(block, scale_format):
 def test_dims_of_a_tile_in_either_order(monkeypatch):
     """One is for this version of Triton, and fast; the other is for older or newer ones."""
     x = make((200, 384), "wide", torch.bfloat16)
-    blocks = (x, (1, 128), (128, 1), E4M3, "power_of_2")
-    derived = (numerics.quantize(x, (1, 32), E4M3, "e8m0"), (32, 1), None, "e8m0")
-    for rows in (0, 3):
-        monkeypatch.setattr(launch, "_PATCH_ROWS", rows)
+    try:
+        for rows in (0, 3):
+            monkeypatch.setattr(launch, "_PATCH_ROWS", rows)
+            launch._plan.cache_clear()
+            check_blocks_of_128(x)
+            check_derived(numerics.quantize(x, (1, 32), E4M3, "e8m0"))
+    finally:
         launch._plan.cache_clear()
-        found = [*kernels.quantize_both(*blocks), kernels.rescale_transposed(*derived)]
-        launch._plan.cache_clear()
-        value = numerics.dequantize(derived[0].data, derived[0].scale)
-        _, want = numerics.quantize_both(value, None, (32, 1), E4M3, "e8m0")
-        assert_all_same(found, [*numerics.quantize_both(*blocks), want])
 
 
 @pytest.mark.parametrize(("block", "to"), [((1, 32), (32, 1)), ((1, 128), (128, 1))])
@@ -166,9 +165,5 @@ def test_scales_of_blocks_that_are_given_are_refused(block, to):
 
 def test_what_is_too_large_for_offsets_of_32_bits_is_cast_by_tiles(monkeypatch):
     monkeypatch.setattr(launch, "_MOST_IN_BLOCKS", 512)
-    for shape, name in [((512, 512), "quantize_blocks_of_128_kernel"), ((640, 512), TILES)]:
-        args = (make(shape, "wide", torch.bfloat16), (1, 128), (128, 1), E4M3, "power_of_2")
-        with launched() as names:
-            found = kernels.quantize_both(*args)
-        assert names == [name]
-        assert_all_same([*found], [*numerics.quantize_both(*args)])
+    check_blocks_of_128(make((512, 512), "wide", torch.bfloat16))
+    check_blocks_of_128(make((640, 512), "wide", torch.bfloat16), TILES)
