@@ -125,6 +125,14 @@ def test_blocks_of_32_from_blocks_of_32(
         check_derived(x._replace(scale=lie(x.scale)))
 
 
+@pytest.mark.parametrize("float8_dtype", [E4M3, E5M2], ids=str)
+def test_numbers_beside_an_infinity(float8_dtype):
+    """The scale of its block, 2^-127, is the one that is subnormal."""
+    x = make((64, 64), "normal", torch.float32)
+    x[3, :4] = torch.tensor([torch.inf, 2.0**120, -(2.0**118), 1.0])
+    check_derived(numerics.quantize(x, (1, 32), float8_dtype, "e8m0"))
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 16], ids="{} bytes after each row".format)
 def test_of_a_part_of_what_arrived(after):
     """Rows that begin anywhere and are longer than what is cast."""
