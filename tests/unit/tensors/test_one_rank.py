@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import foreach_reduce_scatter_copy_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8dist.tensors.one_rank import InPlaceReduceScatter
 
@@ -75,3 +78,59 @@ def test_gradients_that_are_added_to_are_recorded_as_used() -> None:
     assert [gradient.recorded for gradient in earlier] == [[], []]
     assert group.allocate(4, "reductions").data_ptr() != laid_out.data_ptr()
     assert [gradient.recorded for gradient in earlier] == [["reductions"], []]
+
+
+class Calls(TorchDispatchMode):
+    """The names of ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def odd_gradients() -> list[torch.Tensor]:
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    return [
+        numbers.view(256, 256),
+        numbers.view(64, 1024).t(),
+        numbers[1:8],
+        numbers[:0].view(0, 3),
+        numbers.view(128, 512)[::3, 1::2],
+    ]
+
+
+def test_gradients_are_laid_out_one_by_one_and_not_copied_again() -> None:
+    gradients = odd_gradients()
+    expected = torch.cat([gradient.flatten() for gradient in gradients]).float()
+    group = Group(None)
+    laid_out = group.allocate(expected.numel(), "backward").fill_(7)
+    with Calls() as calls:
+        foreach_reduce_scatter_copy_in(gradients, laid_out, 1)
+        reduced = group.allocate(expected.numel(), "reductions")
+        reduced.copy_(laid_out)
+    assert type(reduced) is torch.Tensor
+    assert torch.equal(reduced.view(torch.int32), expected.view(torch.int32))
+    copies = [name for name in calls.names if "copy" in name or "cat" in name]
+    assert copies == ["aten::_foreach_copy_"]
+
+
+def test_gradients_that_are_copied_after_all() -> None:
+    group = Group(None)
+    laid_out = group.allocate(2, "backward")
+    foreach_reduce_scatter_copy_in([torch.tensor([3.0, 5.0])], laid_out, 1)
+    elsewhere = torch.zeros(2)
+    elsewhere.copy_(laid_out / 2)
+    assert elsewhere.tolist() == [1.5, 2.5]
+    assert elsewhere.copy_(laid_out).tolist() == [3.0, 5.0]
+
+
+def test_chunks_of_more_ranks_are_refused() -> None:
+    laid_out = Group(None).allocate(4, "backward")
+    with pytest.raises(AssertionError, match="cut into 2 chunks"):
+        foreach_reduce_scatter_copy_in([torch.zeros(4)], laid_out, 2)
