@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from fp8dist import kernels
-from fp8dist.config import HP_DTYPES, Block, Float8Config, Recipe
+from fp8dist.config import HP_DTYPES, TENSOR, Block, Float8Config, Recipe
 from fp8dist.matmul import scaled_matmul
 from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.float8_activation import ByRank, Float8Activation
@@ -20,6 +20,7 @@ from fp8dist.tensors.placement import like
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
 from fp8dist.tensors.weight_state import WeightState, local_float8
+from fp8dist.tracing import copied, is_tracing, not_kept
 
 
 def _operands(
@@ -28,12 +29,15 @@ def _operands(
     transposed_block: Block | None,
     float8_dtype: torch.dtype,
     recipe: Recipe,
+    amax: torch.Tensor | None = None,
 ) -> tuple[Scaled | None, Scaled | None]:
     """x (M, K) for a matmul that contracts K and x^T for one that contracts M, as they are wanted:
-    cast here, or from what has arrived in float8.
+    cast here, by the amax if that is known, or from what has arrived in float8.
     """
     if not isinstance(x, Float8Activation):
-        return kernels.quantize_both(x, block, transposed_block, float8_dtype, recipe.scale_format)
+        return kernels.quantize_both(
+            x, block, transposed_block, float8_dtype, recipe.scale_format, amax=amax
+        )
     arrived, transposed = x.scaled(), None
     if transposed_block is not None:
         transposed = x.transposed() or kernels.rescale_transposed(
@@ -99,7 +103,15 @@ class _Float8Matmul(torch.autograd.Function):
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
         later = isinstance(input, Float8Activation) and input._across is None
         block = recipe.input_for_grad_weight if needs_weight_grad and not later else None
-        scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
+        if needs_weight_grad and is_tracing() and not isinstance(input, Float8Activation):
+            # See [Note: cast again in backward] in `fp8dist.tracing`.
+            amax = kernels.fused_amax(input) if recipe.input == block == TENSOR else None
+            scaled, _ = _operands(input, recipe.input, None, recipe.input_dtype, recipe, amax)
+            with not_kept():
+                input = copied(input)
+                _, transposed = _operands(input, None, block, recipe.input_dtype, recipe, amax)
+        else:
+            scaled, transposed = _operands(input, recipe.input, block, recipe.input_dtype, recipe)
         saved: tuple[torch.Tensor, ...] = (input,)
         ctx.restore = None
         if transposed is not None:

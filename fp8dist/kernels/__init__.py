@@ -41,6 +41,15 @@ def watched(by: Watcher) -> Iterator[None]:
         _watcher = before
 
 
+def _is_fusible(x: torch.Tensor) -> bool:
+    return ops.has_kernels(x) and is_tracing()
+
+
+def fused_amax(x: torch.Tensor) -> torch.Tensor | None:
+    """max(abs(x)), (1, 1), float32, where the compiler finds it while it computes x."""
+    return numerics.amax(numerics.amax(x, ROW), TENSOR).float() if _is_fusible(x) else None
+
+
 def quantize_both(
     x: torch.Tensor,
     block: Block | None,
@@ -53,7 +62,8 @@ def quantize_both(
     """See `numerics.quantize_both`; for `after`, [Note: only in backward] in `ops`.
 
     Args:
-        amax: bits of the known amax, (1, 1), int32, if one scale is to be for more than x.
+        amax: the known amax, or its bits, (1, 1), float32 or int32, if there is one scale and that
+            is for more than x, or x is cast again.
     """
     if _watcher is not None:
         _watcher.casts(x, block, transposed_block)
@@ -67,12 +77,11 @@ def quantize_both(
     if as_view or (128, 128) in (block, transposed_block):
         known = None if amax is None else amax.view(torch.float32)
         return numerics.quantize_both(x, block, transposed_block, float8_dtype, scale_format, known)
-    fusible = amax is None and ops.has_kernels(x) and is_tracing()
     # What the compiler does where it computes x saves reading x once more.
-    if fusible and (block, transposed_block) == (ROW, None):
+    if amax is None and _is_fusible(x) and (block, transposed_block) == (ROW, None):
         return numerics.quantize_both(x, block, None, float8_dtype, scale_format)
-    if fusible and {block, transposed_block} <= {TENSOR, None}:
-        amax = numerics.amax(numerics.amax(x, ROW), TENSOR).float()
+    if amax is None and {block, transposed_block} <= {TENSOR, None}:
+        amax = fused_amax(x)
     return ops.quantize_both(x, block, transposed_block, float8_dtype, scale_format, amax, after)
 
 

@@ -18,10 +18,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 # (`set_custom_reduce_scatter`). Here the second is the first, and is not copied to itself. It has
 # nothing to do with float8, and takes as long with any recipe.
 #
-# They are laid out by `fsdp::chunk_cat`, made for gradients that are cut into a chunk for each rank:
-# with one chunk it has less than half of an H200's bandwidth, and copies a list of pointers to the
-# device for each group. The first buffer is a tensor that has `_foreach_copy_` do it instead, the
-# same casts with three quarters of the bandwidth.
+# They are laid out by `fsdp::chunk_cat`, made for gradients that are cut into a chunk for each
+# rank: with one chunk it has less than half of an H200's bandwidth, and copies a list of pointers
+# to the device for each group. The first buffer is a tensor that has `_foreach_copy_` do it
+# instead, the same casts with three quarters of the bandwidth.
 #
 # The first is memory of backward's stream, as gradients are without FSDP2, which may give it to
 # another tensor as soon as it is freed, whatever other streams are still to do with it. So where

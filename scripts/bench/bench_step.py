@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench_model import Decoder, Shape
@@ -45,6 +44,7 @@ from harness import (
 )
 from idle import idle_of
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -152,6 +152,8 @@ class Training:
         self.after_step = variant.convert(self.model, not args.no_cache)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self.model.layers:
+            for fqn in args.recompute:
+                layer.set_submodule(fqn, checkpoint_wrapper(layer.get_submodule(fqn)))
             if not args.no_compile:
                 layer.compile(fullgraph=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -264,11 +266,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
     parser.add_argument(
-        "--memory-budget",
-        type=float,
-        default=1.0,
-        help="how much of what it would keep for backward the compiler may keep, of 1 (default): "
-        "torch._functorch.config.activation_memory_budget",
+        "--recompute",
+        nargs="+",
+        # No output of w2 is kept.
+        choices=[*(f"attention.w{x}" for x in "qkvo"), *(f"feed_forward.w{x}" for x in "13")],
+        default=[],
+        help="layers of a block whose outputs the compiler computes again in backward",
     )
     parser.add_argument(
         "--no-cache", action="store_true", help="fp8dist casts at each gather and keeps no payload"
@@ -283,10 +286,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
     args = parser.parse_args()
-    if not 0 <= args.memory_budget <= 1:
-        parser.error(f"--memory-budget is {args.memory_budget}: give a part of 1")
-    if args.no_compile and args.memory_budget < 1:
-        parser.error("--memory-budget is for the compiler: leave out --no-compile")
+    if args.no_compile and args.recompute:
+        parser.error("--recompute is for the compiler: leave out --no-compile")
     return args
 
 
@@ -294,7 +295,6 @@ def main() -> None:
     args = parse_arguments()
     names = args.variants.split(",")
     variants = {name: Variant.parse(name) for name in names}
-    torch._functorch.config.activation_memory_budget = args.memory_budget
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     compare(names, lambda name, first: measure(variants[name], args, mesh, first), args)

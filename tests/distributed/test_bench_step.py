@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._functorch.config
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed.harness import DEVICE, run_on_ranks
@@ -55,11 +55,11 @@ def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--memory-budget=1.5", "give a part of 1"),
-        ("--memory-budget=0.5 --no-compile", "leave out"),
+        ("--recompute attention.wq w3", "choose from"),
+        ("--recompute feed_forward.w3 --no-compile", "leave out"),
     ],
 )
-def test_refuses_a_budget_that_means_nothing(
+def test_refuses_what_cannot_be_computed_again(
     flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = load_program("bench_step")
@@ -67,6 +67,9 @@ def test_refuses_a_budget_that_means_nothing(
         with pytest.raises(SystemExit):
             program.main()
     assert message in capsys.readouterr().err
+
+
+TWO = ["attention.wq", "feed_forward.w3"]
 
 
 def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
@@ -79,28 +82,31 @@ def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
         training = program.Training(program.Variant.parse(variant), args, mesh)
         layer = training.model.layers[0]
         made.append(layer.attention.wq)
+        made.append([n for n, m in layer.named_modules() if isinstance(m, CheckpointWrapper)])
         made.append(layer._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm)
 
     with (
         mock.patch.object(sys, "argv", ["bench_step", *sizes.split(), *flags.split()]),
         mock.patch.object(program, "init_distributed"),
         mock.patch.object(program, "compare", compare),
-        torch._functorch.config.patch(activation_memory_budget=1.0),
     ):
         program.main()
-        budget = torch._functorch.config.activation_memory_budget
-    layer, comm = made
+    layer, again, comm = made
     cached = layer.config.cache_payload if hasattr(layer, "config") else None
-    return type(comm).__name__, cached, budget
+    return type(comm).__name__, cached, again
 
 
 @pytest.mark.parametrize(
     ("variant", "flags", "expected"),
     [
-        ("bf16", "", ("DefaultReduceScatter", None, 1.0)),
-        ("bf16", "--in-place", ("InPlaceReduceScatter", None, 1.0)),
-        ("fp8dist:rowwise", "--memory-budget=0.5", ("DefaultReduceScatter", True, 0.5)),
-        ("fp8dist:rowwise", "--no-cache", ("DefaultReduceScatter", False, 1.0)),
+        ("bf16", "", ("DefaultReduceScatter", None, [])),
+        ("bf16", "--in-place", ("InPlaceReduceScatter", None, [])),
+        (
+            "bf16",
+            "--recompute feed_forward.w3",
+            ("DefaultReduceScatter", None, ["feed_forward.w3"]),
+        ),
+        ("fp8dist:rowwise", "--no-cache", ("DefaultReduceScatter", False, [])),
     ],
 )
 def test_flags(variant: str, flags: str, expected: tuple[Any, ...]) -> None:

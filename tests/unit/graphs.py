@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 
 def noting(graphs: dict[str, torch.fx.GraphModule]) -> Callable[..., Any]:
@@ -20,10 +22,14 @@ def noting(graphs: dict[str, torch.fx.GraphModule]) -> Callable[..., Any]:
 
         return compiler
 
+    def part(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        return min_cut_rematerialization_partition(joint_graph_passes(graph), *args, **kwargs)
+
     return aot_autograd(
         fw_compiler=keep("forward"),
         bw_compiler=keep("backward"),
-        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+        partition_fn=part,
     )
 
 
@@ -31,3 +37,9 @@ def ops_of_weights(graph: torch.fx.GraphModule) -> int:
     """How many ops of fp8dist are called on a weight, a matrix of bytes."""
     ops = [node for node in graph.graph.nodes if "fp8dist" in str(node.target)]
     return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
+
+
+def sizes_kept(graph: torch.fx.GraphModule) -> list[int]:
+    """Elements of what a forward computes and keeps for backward, in ascending order."""
+    _, *kept = graph.graph.output_node().args[0]
+    return sorted(node.meta["val"].numel() for node in kept if node.op == "call_function")

@@ -233,20 +233,23 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["rowwise", "tensorwise"])
-def test_without_gradients_nothing_is_cast_for_grad_weight(
+def test_an_input_is_cast_once_and_for_grad_weight_if_that_is_wanted(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, _ = pair(Float8Config(name))
-    transposed = []
+    x, recipe, casts = seeded(4, K), Float8Config(name).recipe, []
     original = linear.kernels.quantize_both
 
-    def noting(x: torch.Tensor, block: Any, transposed_block: Any, *args: Any) -> Any:
-        transposed.append(transposed_block)
-        return original(x, block, transposed_block, *args)
+    def noting(given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if given.shape == x.shape:
+            casts.append(args[:2])
+        return original(given, *args, **kwargs)
 
     monkeypatch.setattr(linear.kernels, "quantize_both", noting)
+    ours(x)
     with torch.no_grad():
-        ours(seeded(4, K))
+        ours(x)
     with torch.inference_mode():
-        ours(seeded(4, K))
-    assert set(transposed) == {None}
+        ours(x)
+    alone = (recipe.input, None)
+    assert casts == [(recipe.input, recipe.input_for_grad_weight), alone, alone]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8dist import Float8Config, Float8Linear, kernels, numerics
 from fp8dist.config import RECIPES, Recipe
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from tests.unit.graphs import noting, ops_of_weights
+from tests.unit.graphs import noting, ops_of_weights, sizes_kept
 
 K = 64
 CPP_COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
@@ -35,21 +35,21 @@ def sqnr(exact: torch.Tensor, found: torch.Tensor) -> float:
 class Block(nn.Module):
     """What is compiled in training: a transformer's feed-forward, residual and norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(K)
-        self.up = nn.Linear(K, 2 * K)
-        self.gate = nn.Linear(K, 2 * K, bias=False)
-        self.down = nn.Linear(2 * K, K, bias=False)
+        self.norm = nn.RMSNorm(dim)
+        self.up = nn.Linear(dim, 2 * dim)
+        self.gate = nn.Linear(dim, 2 * dim, bias=False)
+        self.down = nn.Linear(2 * dim, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(x)
         return x + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
-def float8_block(config: Float8Config) -> Block:
+def float8_block(config: Float8Config, dim: int = K, of: type[Block] = Block) -> Block:
     torch.manual_seed(0)
-    block = Block()
+    block = of(dim)
     for name in ("up", "gate", "down"):
         Float8Linear.from_float(getattr(block, name), config, name, block)
     return block
@@ -198,6 +198,60 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
 
     assert ops_of_weights(graphs["forward"]) == 0
     assert ops_of_weights(graphs["backward"]) == len(weights), "what grad_input multiplies by"
+
+
+class WithRelu(Block):
+    """One whose activation is kept for its own gradient, and is an input as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.relu(self.up(self.norm(x))))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is given to fuse what it is there; the ops are a CPU's."""
+    monkeypatch.setattr(kernels.ops, "has_kernels", lambda _: True)
+    monkeypatch.setattr(kernels.ops, "in_kernels", lambda _: False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("of", [Block, WithRelu])
+def test_nothing_made_of_an_input_is_kept_from_forward(
+    of: type[Block], recipe: str, as_on_a_gpu: None
+) -> None:
+    """Neither what grad_weight multiplies, which is cast again, nor the inputs that are cast then:
+    the norm's output and the activation's are computed again.
+    """
+    torch._dynamo.reset()
+    block = float8_block(Float8Config(recipe, emulate=True), dim=128, of=of)
+    graphs: dict[str, torch.fx.GraphModule] = {}
+    compiled = torch.compile(block, fullgraph=True, backend=noting(graphs))
+    tokens = 384  # of which no part of a weight is a multiple
+    compiled(seeded(1, tokens, 128, seed=1).requires_grad_()).sum().backward()
+    kept = [size for size in sizes_kept(graphs["forward"]) if size % tokens == 0]
+    factors = 1 if of is WithRelu else 2
+    # Beside a factor of each token, of the norm.
+    assert [size for size in kept if size > tokens] == [tokens * 256] * factors
+
+
+def test_backward_casts_by_the_amax_that_forward_has_found(as_on_a_gpu: None) -> None:
+    torch._dynamo.reset()
+    graphs: dict[str, torch.fx.GraphModule] = {}
+    compiled = torch.compile(float8_block(Float8Config()), fullgraph=True, backend=noting(graphs))
+    compiled(seeded(1, 32, K, seed=1).requires_grad_()).sum().backward()
+    casts = graphs["backward"].graph.find_nodes(
+        op="call_function", target=torch.ops.fp8dist.quantize.default
+    )
+    amaxes = [cast.args[4] for cast in casts if cast.args[0].target == torch.ops.aten.where.self]
+    assert [amax.op for amax in amaxes] == ["placeholder"] * 2, "of the norm and of SwiGLU"
+
+
+def test_an_exported_program_casts_no_input_for_backward() -> None:
+    with torch.no_grad():
+        exported = torch.export.export(float8_block(Float8Config()), (seeded(1, 32, K, seed=1),))
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert any("fp8dist.quantize" in target for target in targets)
+    assert not any("aten.where" in target for target in targets)
 
 
 @pytest.mark.gpu
