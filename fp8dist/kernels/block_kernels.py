@@ -131,11 +131,13 @@ def quantize_blocks_of_128_kernel(
     x_stride,
     FLOAT8_EXPONENT: tl.constexpr,
     FORMAT: tl.constexpr,
+    ALONG: tl.constexpr,
+    ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`quantize_kernel` of bfloat16 x to e4m3 by blocks of 1 x 128 and, transposed, 128 x 1. A tile
-    is 128 x 128, of 4 warps, and x is read as pairs of columns; N is a multiple of 128. For ROWS
-    see [Note: patches].
+    """`quantize_kernel` of bfloat16 x to e4m3 by blocks of 1 x 128, if ALONG, and, transposed, 128
+    x 1, if ACROSS. A tile is 128 x 128, of 4 warps, and x is read as pairs of columns; N is a
+    multiple of 128. For ROWS see [Note: patches].
     """
     N_THREAD: tl.constexpr = 3 - ROWS
     M_THREAD: tl.constexpr = 1 if ROWS == 3 else 2
@@ -148,60 +150,66 @@ def quantize_blocks_of_128_kernel(
     mask = rows < M - pid_m * 128
     x_ptr = (x_ptr + first * x_stride + pid_n * 128).to(tl.pointer_type(tl.int32), bitcast=True)
     x = tl.load(x_ptr + rows * (x_stride // 2) + pairs, mask=mask, other=0)
-
     bits = x & 0x7FFF7FFF
-    amax = tl.reduce(bits, 4, _larger_of_pairs)
-    amax = tl.maximum(amax << 16, amax & 0x7FFF0000)
-    if ROWS == 3:
-        amax = tl.max(tl.max(amax, 0), 1)[None, :, None, :, None]
-    else:
-        amax = tl.max(tl.max(amax, 3), 1)[:, None, :, None, None]
-    scale = amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)
-    # For the casts a thread has the scales of all its rows, and so has every other thread of these
-    # rows. To be stored they are found anew, one by a thread: Triton hands amaxes over instead of
-    # scales if those are of 16 bits first.
-    amax = (amax >> 16).to(tl.int16).to(tl.int32) << 16
-    index = pid_m * 128 + rows
-    _store_scale(
-        scale_ptr,
-        pid_n.to(tl.int64) * M + index,
-        (N // 128).to(tl.int64) * M,
-        amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT),
-        index < M,
-        FORMAT,
-    )
 
-    if ROWS == 3:
-        t_amax = tl.reduce(tl.reduce(bits, 3, _larger_of_pairs), 1, _larger_of_pairs)
-        t_amax = t_amax[:, None, :, None, :]
-    else:
-        t_amax = tl.reduce(tl.reduce(bits, 0, _larger_of_pairs), 1, _larger_of_pairs)
-        t_amax = t_amax[None, :, None, :, :]
-    t_scale = amax_to_scale(t_amax << 16, FLOAT8_EXPONENT, FORMAT)
-    next_t_scale = amax_to_scale(t_amax & 0x7FFF0000, FLOAT8_EXPONENT, FORMAT)
-    t_amax = tl.join(t_amax.to(tl.int16), (t_amax >> 16).to(tl.int16)).to(tl.int32) << 16
-    index = pid_n * 128 + pairs[:, :, :, :, :, None] * 2 + tl.arange(0, 2)
-    _store_scale(
-        t_scale_ptr,
-        pid_m.to(tl.int64) * N + index,
-        (M_PADDED // 128).to(tl.int64) * N,
-        amax_to_scale(t_amax, FLOAT8_EXPONENT, FORMAT),
-        None,
-        FORMAT,
-    )
+    if ALONG:
+        amax = tl.reduce(bits, 4, _larger_of_pairs)
+        amax = tl.maximum(amax << 16, amax & 0x7FFF0000)
+        if ROWS == 3:
+            amax = tl.max(tl.max(amax, 0), 1)[None, :, None, :, None]
+        else:
+            amax = tl.max(tl.max(amax, 3), 1)[:, None, :, None, None]
+        scale = amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT)
+        # For the casts a thread has the scales of all its rows, and so has every other thread of
+        # these rows. To be stored they are found anew, one by a thread: Triton hands amaxes over
+        # instead of scales if those are of 16 bits first.
+        amax = (amax >> 16).to(tl.int16).to(tl.int32) << 16
+        index = pid_m * 128 + rows
+        _store_scale(
+            scale_ptr,
+            pid_n.to(tl.int64) * M + index,
+            (N // 128).to(tl.int64) * M,
+            amax_to_scale(amax, FLOAT8_EXPONENT, FORMAT),
+            index < M,
+            FORMAT,
+        )
 
-    data_ptr = (data_ptr + first * N + pid_n * 128).to(tl.pointer_type(tl.int16), bitcast=True)
-    out = _cast_pairs_of_rows(x, tl.broadcast_to(scale, x.shape))
-    tl.store(data_ptr + rows * (N // 2) + pairs, out, mask=mask)
+    if ACROSS:
+        if ROWS == 3:
+            t_amax = tl.reduce(tl.reduce(bits, 3, _larger_of_pairs), 1, _larger_of_pairs)
+            t_amax = t_amax[:, None, :, None, :]
+        else:
+            t_amax = tl.reduce(tl.reduce(bits, 0, _larger_of_pairs), 1, _larger_of_pairs)
+            t_amax = t_amax[None, :, None, :, :]
+        t_scale = amax_to_scale(t_amax << 16, FLOAT8_EXPONENT, FORMAT)
+        next_t_scale = amax_to_scale(t_amax & 0x7FFF0000, FLOAT8_EXPONENT, FORMAT)
+        t_amax = tl.join(t_amax.to(tl.int16), (t_amax >> 16).to(tl.int16)).to(tl.int32) << 16
+        index = pid_n * 128 + pairs[:, :, :, :, :, None] * 2 + tl.arange(0, 2)
+        _store_scale(
+            t_scale_ptr,
+            pid_m.to(tl.int64) * N + index,
+            (M_PADDED // 128).to(tl.int64) * N,
+            amax_to_scale(t_amax, FLOAT8_EXPONENT, FORMAT),
+            None,
+            FORMAT,
+        )
 
-    row_0, row_1, row_2, row_3 = _rows_of_fours(x, ROWS)
-    column, next_column = _cast_pairs_of_columns(row_0, row_1, row_2, row_3, t_scale, next_t_scale)
-    columns = (first_pair + _along(4, ROWS)) * 2
-    t_data_ptr += (pid_n * 128).to(tl.int64) * M_PADDED + first
-    t_data_ptr = t_data_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    t_data_ptr += columns * (M_PADDED // 4) + _along(8, M_THREAD) * 4 + _along(4, 4)
-    tl.store(t_data_ptr, _transposed(column, ROWS))
-    tl.store(t_data_ptr + M_PADDED // 4, _transposed(next_column, ROWS))
+    if ALONG:
+        data_ptr = (data_ptr + first * N + pid_n * 128).to(tl.pointer_type(tl.int16), bitcast=True)
+        out = _cast_pairs_of_rows(x, tl.broadcast_to(scale, x.shape))
+        tl.store(data_ptr + rows * (N // 2) + pairs, out, mask=mask)
+
+    if ACROSS:
+        row_0, row_1, row_2, row_3 = _rows_of_fours(x, ROWS)
+        column, next_column = _cast_pairs_of_columns(
+            row_0, row_1, row_2, row_3, t_scale, next_t_scale
+        )
+        columns = (first_pair + _along(4, ROWS)) * 2
+        t_data_ptr += (pid_n * 128).to(tl.int64) * M_PADDED + first
+        t_data_ptr = t_data_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        t_data_ptr += columns * (M_PADDED // 4) + _along(8, M_THREAD) * 4 + _along(4, 4)
+        tl.store(t_data_ptr, _transposed(column, ROWS))
+        tl.store(t_data_ptr + M_PADDED // 4, _transposed(next_column, ROWS))
 
 
 @triton.jit

@@ -161,8 +161,9 @@ _MOST_IN_BLOCKS = 2**25  # rows, and elements from one row to the next: offsets 
 def _in_pairs(x: torch.Tensor, cast: Cast) -> bool:
     """Whether `quantize_blocks_of_128_kernel` casts it, which reads pairs, 16 bytes at a time."""
     return (
-        cast.transposed_block == (128, 1)
-        and cast.block == (1, 128)
+        (cast.block or (1, 128)) == (1, 128)
+        and (cast.transposed_block or (128, 1)) == (128, 1)
+        and x.size(1) % 128 == 0
         and (x.dtype, cast.float8_dtype) == (torch.bfloat16, torch.float8_e4m3fn)
         and x.data_ptr() % 16 == x.stride(0) % 16 == 0
         and max(x.size(0), x.stride(0)) <= _MOST_IN_BLOCKS
@@ -220,9 +221,9 @@ def _plan(
     if in_pairs and inverse is None:
         by_blocks = _Launch(
             block_kernels.quantize_blocks_of_128_kernel,
-            (m_padded // 128, n // 128, 1),
+            (cdiv(m_padded, 128), n // 128, 1),
             (m, n, m_padded, stride),
-            (exponent, scale_format, _PATCH_ROWS),
+            (exponent, scale_format, a is not None, b is not None, _PATCH_ROWS),
             _BLOCKS_OF_128,
         )
         return _Plan(sizes, amaxes, find, "blocks", by_blocks)

@@ -40,13 +40,16 @@ class Work:
         )
         of, to = DTYPE_NAMES[self.dtype], DTYPE_NAMES[self.float8_dtype]
         moved = "" if self.is_transpose else " + shift"
-        both = "" if None in self.blocks else ", two orientations"
+        if self.blocks[0] is None:
+            which = ", transposed"
+        else:
+            which = "" if None in self.blocks else ", two orientations"
         return {
             "amax": f"amax ({blocks}) of {of}",
             "cast": f"cast ({blocks}) of {of} to {to}",
             "by rows": f"amax ({blocks}) and cast by rows of {of} to {to}",
             "pack": f"amax and cast ({blocks}) of {of} to {to} and scales",
-            "quantize": f"amax and cast{both} ({blocks}) of {of} to {to}",
+            "quantize": f"amax and cast{which} ({blocks}) of {of} to {to}",
             "rescale": f"transpose{moved} ({blocks.replace(', ', ' to ')})",
         }[self.kind]
 
@@ -83,14 +86,14 @@ def works_of(recipe: Recipe) -> list[tuple[Work, str]]:
             # Of weights with rows, those where rows are cut, or whose payloads are not kept.
             works.append((Work("amax", blocks, *common), "weight"))
             works.append((Work("cast", (recipe.weight,), *common), "weight"))
-    for operand, blocks, float8_dtype in (
-        ("input", (recipe.input, recipe.input_for_grad_weight), recipe.input_dtype),
-        (
-            "grad_output",
-            (recipe.grad_output, recipe.grad_output_for_grad_weight),
-            recipe.grad_output_dtype,
-        ),
-    ):
+    inputs = (recipe.input, recipe.input_for_grad_weight)
+    gradients = (recipe.grad_output, recipe.grad_output_for_grad_weight)
+    casts = {"input": (inputs, recipe.input_dtype)}
+    if None not in inputs:  # [Note: cast again in backward]
+        casts["input (compiled)"] = ((recipe.input, None), recipe.input_dtype)
+        casts["input (in backward)"] = ((None, recipe.input_for_grad_weight), recipe.input_dtype)
+    casts["grad_output"] = (gradients, recipe.grad_output_dtype)
+    for operand, (blocks, float8_dtype) in casts.items():
         work = Work("quantize", blocks, torch.bfloat16, float8_dtype, recipe.scale_format)
         works.append((work, operand))
     float8 = recipe.weight_dtype

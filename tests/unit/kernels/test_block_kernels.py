@@ -43,7 +43,9 @@ def launched() -> Iterator[list[str]]:
 
 def assert_all_same(got: list[Scaled | None], want: list[Scaled | None]) -> None:
     for one, other in zip(got, want, strict=True):
-        assert one is not None and other is not None
+        if one is None or other is None:
+            assert one is other
+            continue
         assert one.block == other.block
         assert_same_bytes(one.data, other.data)
         assert_same_bytes(one.scale, other.scale)
@@ -57,12 +59,13 @@ def check_blocks_of_128(
     float8_dtype: torch.dtype = E4M3,
     scale_format: ScaleFormat = "power_of_2",
 ) -> None:
-    """Cast by this kernel, and to the bytes of `numerics`."""
-    args = (x, (1, 128), (128, 1), float8_dtype, scale_format)
-    with launched() as names:
-        found = kernels.quantize_both(*args)
-    assert names == [kernel]
-    assert_all_same([*found], [*numerics.quantize_both(*args)])
+    """Cast by this kernel, and to the bytes of `numerics`: both orientations, and each alone."""
+    for blocks in (((1, 128), (128, 1)), ((1, 128), None), (None, (128, 1))):
+        args = (x, *blocks, float8_dtype, scale_format)
+        with launched() as names:
+            found = kernels.quantize_both(*args)
+        assert names == [kernel]
+        assert_all_same([*found], [*numerics.quantize_both(*args)])
 
 
 def check_derived(x: Scaled) -> None:
@@ -95,6 +98,14 @@ def views(content: str) -> Iterator[tuple[torch.Tensor, bool]]:
 def test_blocks_of_128(content, scale_format):
     for x, by_patches in views(content):
         check_blocks_of_128(x, PATCHES if by_patches else TILES, scale_format=scale_format)
+
+
+def test_columns_that_fill_no_block_are_cast_by_tiles():
+    x = make((256, 200), "wide", torch.bfloat16)
+    with launched() as names:
+        _, found = kernels.quantize_both(x, None, (128, 1), E4M3, "power_of_2")
+    assert names == [TILES]
+    assert_all_same([found], [numerics.quantize_both(x, None, (128, 1), E4M3, "power_of_2")[1]])
 
 
 def test_blocks_of_128_of_e5m2():
