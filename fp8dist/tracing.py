@@ -1,4 +1,4 @@
-"""Whether the compiler is at work."""
+"""Whether the compiler is at work, and what it is told of what it traces."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,13 +42,14 @@ def copied(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def not_kept() -> Iterator[None]:
     """What is traced in here is computed in backward; see [Note: cast again in backward]."""
-    before = get_current_meta().get("recompute")
+    before = get_current_meta().get("recompute")  # a user's own mark
     get_current_meta()["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     try:
         yield
     finally:
-        get_current_meta().pop("recompute", None)
-        if before is not None:
+        if before is None:
+            get_current_meta().pop("recompute", None)
+        else:
             get_current_meta()["recompute"] = before
 
 

@@ -40,10 +40,8 @@ class Work:
         )
         of, to = DTYPE_NAMES[self.dtype], DTYPE_NAMES[self.float8_dtype]
         moved = "" if self.is_transpose else " + shift"
-        if self.blocks[0] is None:
-            which = ", transposed"
-        else:
-            which = "" if None in self.blocks else ", two orientations"
+        alone = ", transposed" if self.blocks[0] is None else ""
+        which = alone if None in self.blocks else ", two orientations"
         return {
             "amax": f"amax ({blocks}) of {of}",
             "cast": f"cast ({blocks}) of {of} to {to}",

@@ -69,9 +69,6 @@ def test_refuses_what_cannot_be_computed_again(
     assert message in capsys.readouterr().err
 
 
-TWO = ["attention.wq", "feed_forward.w3"]
-
-
 def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
     program = load_program("bench_step")
     sizes = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32"
@@ -96,16 +93,15 @@ def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
     return type(comm).__name__, cached, again
 
 
+TWO = ["attention.wq", "feed_forward.w3"]
+
+
 @pytest.mark.parametrize(
     ("variant", "flags", "expected"),
     [
         ("bf16", "", ("DefaultReduceScatter", None, [])),
         ("bf16", "--in-place", ("InPlaceReduceScatter", None, [])),
-        (
-            "bf16",
-            "--recompute feed_forward.w3",
-            ("DefaultReduceScatter", None, ["feed_forward.w3"]),
-        ),
+        ("bf16", f"--recompute {' '.join(TWO)}", ("DefaultReduceScatter", None, TWO)),
         ("fp8dist:rowwise", "--no-cache", ("DefaultReduceScatter", False, [])),
     ],
 )

@@ -29,5 +29,7 @@ def test_of_four_calls_the_second_waits_for_the_host_and_the_last_for_nothing() 
     waited, followed = idle.idle_of_calls(reversed(events))
     assert (waited.idle, waited.time) == (5, 9)  # 1 to 4, 6 to 7, 9 to 10
     assert (followed.idle, followed.time) == (0.5, 5)  # of 15 to 20
-    with pytest.raises(AssertionError, match="3 kernels of two equal calls"):
+    with pytest.raises(AssertionError, match="2 kernels of one call, 3 of two"):
         idle.idle_of_calls(events[:-1])
+    with pytest.raises(AssertionError, match="1 kernels of one call, 4 of two"):
+        idle.idle_of_calls(event for event in events if event.start != 4)
