@@ -13,7 +13,7 @@ from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-def
 from triton.knobs import HookChain, runtime
 
 from fp8dist import hardware
-from fp8dist.kernels import amax_kernels, block_kernels
+from fp8dist.kernels import amax_kernels, block_kernels, transpose_kernel
 from fp8dist.kernels import triton_kernels as kernels
 from fp8dist.kernels.layout import (
     WIDEST_ROWS,
@@ -34,7 +34,7 @@ _AMAX_TILE, _COLUMN_AMAX_TILE = (32, 256, 2, 8, 1), (64, 64, 4, 4, 3)
 ENOUGH_PROGRAMS = 512  # some for each multiprocessor
 
 
-def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
+def _cast_tile(cast: Cast) -> tuple[int, int, int, int | None]:
     """Rows and columns of a cast's tile, warps, and registers of a thread: what was fastest on an
     H200, for bfloat16; of blocks of 128 that is for what `_in_pairs` leaves.
 
@@ -45,7 +45,7 @@ def _cast_tile(cast: Cast, given: bool) -> tuple[int, int, int, int | None]:
         return 32, 64, 1, 128
     if (cast.block, cast.transposed_block) == ((1, 128), (128, 1)):
         return 128, 128, 8, 128
-    return 128, 128, 4 if given else 8, None
+    return 128, 128, 8, None
 
 
 # [Note: launching]
@@ -178,17 +178,16 @@ def _plan(
     stride: int,
     cast: Cast,
     inverse: tuple[int, int, int] | None,
-    given: bool,
     in_pairs: bool,
 ) -> _Plan:
-    """Of x (m, n), where the scales of the transpose are given or not.
+    """Of x (m, n).
 
     Args:
         inverse: columns and strides of x_inverse, if there is one.
         in_pairs: see `_in_pairs`.
     """
     a, b, float8_dtype, scale_format = cast
-    sizes, m_padded, amaxes = sizes_of(m, n, cast, given)
+    sizes, m_padded, amaxes = sizes_of(m, n, cast)
     kind, t_kind = kind_of(a), kind_of(b)
     by = "none" if inverse is None else "row" if inverse[0] == 1 else "own"
     exponent = FLOAT8_EXPONENT[float8_dtype]
@@ -215,9 +214,7 @@ def _plan(
             {"num_warps": 4 if bn <= 4096 else 8},
         )
         return _Plan(sizes, amaxes, find, "rows", by_rows)
-    refused = f"no kernel casts to {a} and {b} at once, scales given: {given}, derived: {inverse}"
-    if given and t_kind == "own":
-        raise AssertionError(refused)
+    refused = f"no kernel casts to {a} and {b} at once, derived: {inverse}"
     if in_pairs and inverse is None:
         by_blocks = _Launch(
             block_kernels.quantize_blocks_of_128_kernel,
@@ -238,7 +235,7 @@ def _plan(
             _DERIVED_BLOCKS_OF_32,
         )
         return _Plan(sizes, amaxes, find, "derived blocks", derived)
-    bm, bn, warps, registers = _cast_tile(cast, given)
+    bm, bn, warps, registers = _cast_tile(cast)
     own, t_own = (
         block if block is not None and kind_of(block) == "own" else (1, 1) for block in (a, b)
     )
@@ -257,7 +254,6 @@ def _plan(
             own[1],
             t_kind,
             t_own[0],
-            given,
             bm,
             bn,
         ),
@@ -271,7 +267,6 @@ def quantize(
     x: torch.Tensor,
     cast: Cast,
     x_inverse: torch.Tensor | None,
-    new_scale: torch.Tensor | None,
     known_amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The op `fp8dist::quantize`, see `ops`: one pass for the amaxes, where the blocks are not
@@ -286,7 +281,6 @@ def quantize(
         x.stride(0),
         cast,
         None if x_inverse is None else (x_inverse.size(1), *x_inverse.stride()),
-        new_scale is not None,
         _in_pairs(x, cast),
     )
     sizes, float8_dtype = plan.sizes, cast.float8_dtype
@@ -302,7 +296,7 @@ def quantize(
     elif plan.by == "derived blocks":
         plan.cast(x, inverse, t_data, t_scale)
     else:
-        amax = x if new_scale is None else new_scale  # x: not read
+        amax = x  # not read
         if known_amax is not None:
             amax = known_amax
         elif plan.amaxes > 0:
@@ -312,17 +306,55 @@ def quantize(
     return data, scale, t_data, t_scale
 
 
-@where_x_is
-def transpose(x: torch.Tensor) -> torch.Tensor:
-    """(M, N), float8, copied as (N, M)."""
+def in_fours(x: torch.Tensor) -> bool:
+    """Whether x (M, N), of bytes, is words of four, along rows and columns, as transposes need."""
+    (m, n), (stride, along) = x.shape, x.stride()
+    return along == 1 and m % 4 == n % 4 == stride % 4 == x.data_ptr() % 4 == 0
+
+
+def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> bool:
+    """Whether these are what `shift` takes."""
+    return (
+        x.dtype == torch.float8_e4m3fn
+        and in_fours(x)
+        and x_inverse.shape == (x.size(0), 1)
+        and new_scale.shape in ((1, 1), (1, x.size(1)))
+        and new_scale.is_contiguous()
+    )
+
+
+_TRANSPOSE_TILE = (128, 128)
+
+
+def _transpose(
+    x: torch.Tensor, x_inverse: torch.Tensor, scale: torch.Tensor, scales: str
+) -> torch.Tensor:
     m, n = x.shape
     out = _empty((n, m), x.dtype)
+    bm, bn = _TRANSPOSE_TILE
     launch_kernel(
-        kernels.transpose_kernel,
-        (cdiv(m, 128), cdiv(n, 128), 1),
-        (x, out),
-        (m, n, x.stride(0), m),
-        (128, 128),
+        transpose_kernel.transpose_kernel,
+        (cdiv(m, bm), cdiv(n, bn), 1),
+        (x, x_inverse, scale, out),
+        (m, n, x.stride(0), x_inverse.stride(0)),
+        (scales, bm, bn),
         num_warps=8,
     )
     return out
+
+
+@where_x_is
+def transpose(x: torch.Tensor) -> torch.Tensor:
+    """(M, N), float8, `in_fours`, copied as (N, M)."""
+    return _transpose(x, x, x, "none")
+
+
+@where_x_is
+def shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> torch.Tensor:
+    """(M, N), e4m3, from scales of rows to one or to those of columns, as (N, M). See `can_shift`.
+
+    Args:
+        x_inverse: (M, 1), float32, 1 / the scales of rows.
+        new_scale: (1, 1) or (1, N), float32.
+    """
+    return _transpose(x, x_inverse, new_scale, "tensor" if new_scale.numel() == 1 else "column")

@@ -54,14 +54,11 @@ def cast_named(name: str) -> Cast:
 Sizes = tuple[tuple[int, ...], ...]
 
 
-def sizes_of(m: int, n: int, cast: Cast, given: bool) -> tuple[Sizes, int, int]:
+def sizes_of(m: int, n: int, cast: Cast) -> tuple[Sizes, int, int]:
     """For x (M, N).
 
     Scales are (2, ...), see [Note: reciprocals], or e8m0 (1, ...). Within a row (or, of the
     transpose, a column of x) blocks of a number of elements have theirs column by column.
-
-    Args:
-        given: the scales of the transpose are, and are not among what comes back.
 
     Returns:
         The sizes of data, scales, transposed data and its scales, (0, 0) where they are not wanted;
@@ -71,22 +68,20 @@ def sizes_of(m: int, n: int, cast: Cast, given: bool) -> tuple[Sizes, int, int]:
     kind, t_kind = kind_of(block), kind_of(t_block)
     sizes: list[tuple[int, ...]] = [(0, 0)] * 4
     copies = 1 if scale_format == "e8m0" else 2
-    m_padded, amaxes = m, 0
+    m_padded = m
     if block is not None:
         sizes[0] = (m, n)
         of_kind = {"tensor": (1, 1), "row": (m, 1)}
         sizes[1] = (copies, *(of_kind.get(kind) or (n // block[1], m)))
     if t_block is not None:
-        m_padded = m if given else m + -m % token_multiple(t_block)
+        m_padded = m + -m % token_multiple(t_block)
         sizes[2] = (n, m_padded)
-        if not given:
-            of_kind = {"tensor": (1, 1), "column": (n, 1)}
-            sizes[3] = (copies, *(of_kind.get(t_kind) or (m_padded // t_block[0], n)))
-    if not given:
-        # Alone, those of rows are found in the cast's pass.
-        rows = m if kind == "row" and t_block is not None else 0
-        columns = n if t_kind == "column" else 0
-        amaxes = rows + columns + int("tensor" in (kind, t_kind))
+        of_kind = {"tensor": (1, 1), "column": (n, 1)}
+        sizes[3] = (copies, *(of_kind.get(t_kind) or (m_padded // t_block[0], n)))
+    # Alone, those of rows are found in the cast's pass.
+    rows = m if kind == "row" and t_block is not None else 0
+    columns = n if t_kind == "column" else 0
+    amaxes = rows + columns + int("tensor" in (kind, t_kind))
     return tuple(sizes), m_padded, amaxes
 
 

@@ -43,11 +43,14 @@ def in_kernels(x: torch.Tensor) -> bool:
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(
-    "quantize(Tensor x, str cast, Tensor? x_inverse, Tensor? new_scale, Tensor? amax, "
-    "Tensor? after) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, str cast, Tensor? x_inverse, Tensor? amax, Tensor? after) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define("transpose(Tensor x, Tensor? after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "transpose(Tensor x, Tensor? x_inverse, Tensor? new_scale, Tensor? after) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 _FourTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,7 +59,6 @@ def _quantize(
     x: torch.Tensor,
     cast: str,
     x_inverse: torch.Tensor | None,
-    new_scale: torch.Tensor | None,
     amax: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> _FourTensors:
@@ -66,22 +68,18 @@ def _quantize(
     Args:
         cast: the name of a `layout.Cast`.
         x_inverse: 1 / what x was scaled by; for e8m0, which has no reciprocals, what it was.
-        new_scale: for the transpose, if it is not to be found from x.
         amax: (1, 1), float32 or its bits, int32, if one scale is wanted: of x, or of all that x is
             a part of.
         after: see [Note: only in backward].
     """
     what = cast_named(cast)
     if in_kernels(x):
-        return launch.quantize(x, what, x_inverse, new_scale, amax)
+        return launch.quantize(x, what, x_inverse, amax)
     a, b, float8_dtype, scale_format = what
     if amax is not None:
         amax = amax.view(torch.float32)
     if x_inverse is not None:
         x = numerics.dequantize(x, x_inverse if scale_format == "e8m0" else x_inverse.reciprocal())
-    if new_scale is not None:
-        data = numerics.cast(x, new_scale, float8_dtype).t().contiguous()
-        return *_nothing(x, float8_dtype), data, _nothing(x, float8_dtype)[1]
     scaled, transposed = numerics.quantize_both(x, a, b, float8_dtype, scale_format, amax)
     one, other = (
         _nothing(x, float8_dtype) if part is None else _written(part, kind_of(c), scale_format)
@@ -101,11 +99,26 @@ def _written(x: Scaled, kind: str, scale_format: ScaleFormat) -> tuple[torch.Ten
     return x.data.clone(memory_format=torch.contiguous_format), torch.stack(copies)
 
 
-def _transpose(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-    """(M, N), float8, copied as (N, M)."""
-    return (
-        launch.transpose(x) if in_kernels(x) else x.t().clone(memory_format=torch.contiguous_format)
-    )
+def _transpose(
+    x: torch.Tensor,
+    x_inverse: torch.Tensor | None,
+    new_scale: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> torch.Tensor:
+    """(M, N), float8, copied as (N, M).
+
+    Args:
+        x_inverse: 1 / what x was scaled by, if it is to be scaled by new_scale instead.
+        after: see [Note: only in backward].
+    """
+    if x_inverse is None or new_scale is None:
+        if in_kernels(x) and launch.in_fours(x):
+            return launch.transpose(x)
+        return x.t().clone(memory_format=torch.contiguous_format)
+    if in_kernels(x) and launch.can_shift(x, x_inverse, new_scale):
+        return launch.shift(x, x_inverse, new_scale)
+    value = numerics.dequantize(x, x_inverse.reciprocal())
+    return numerics.cast(value, new_scale, x.dtype).t().contiguous()
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -117,12 +130,11 @@ def _(
     x: torch.Tensor,
     cast: str,
     x_inverse: torch.Tensor | None,
-    new_scale: torch.Tensor | None,
     amax: torch.Tensor | None,
     after: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    what, given = cast_named(cast), new_scale is not None
-    sizes, _, _ = sizes_of(x.size(0), x.size(1), what, given)
+    what = cast_named(cast)
+    sizes, _, _ = sizes_of(x.size(0), x.size(1), what)
     dtypes = (what.float8_dtype, torch.float32, what.float8_dtype, torch.float32)
     return tuple(
         torch.empty(size, dtype=dtype, device=x.device)
@@ -131,7 +143,12 @@ def _(
 
 
 @register_fake("fp8dist::transpose", lib=_library)
-def _(x: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    x_inverse: torch.Tensor | None,
+    new_scale: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> torch.Tensor:
     return torch.empty((x.size(1), x.size(0)), dtype=x.dtype, device=x.device)
 
 
@@ -153,7 +170,6 @@ def quantize_both(
     data, scale, t_data, t_scale = torch.ops.fp8dist.quantize.default(
         x,
         name_of(Cast(block, transposed_block, float8_dtype, scale_format)),
-        None,
         None,
         amax,
         after,
@@ -186,23 +202,18 @@ def rescale_transposed(
         after: see [Note: only in backward].
     """
     flipped = (block[1], block[0])
+    transpose = torch.ops.fp8dist.transpose.default
     if block == weight.block:
         if not has_kernels(weight.data):  # operands are dequantized: a view will do
             return weight.t()
-        return weight.t()._replace(data=torch.ops.fp8dist.transpose.default(weight.data, after))
+        return weight.t()._replace(data=transpose(weight.data, None, None, after))
     inverse = weight.inverse
     if scale_format == "e8m0":
         inverse = weight.scale
     elif inverse is None:
         inverse = weight.scale.reciprocal()
-    _, _, data, scales = torch.ops.fp8dist.quantize.default(
-        weight.data,
-        name_of(Cast(None, block, weight.data.dtype, scale_format)),
-        inverse,
-        new_scale,
-        None,
-        after,
-    )
-    if new_scale is None:
-        return _scaled(data, scales, flipped, kind_of(block) == "own")
-    return Scaled(data, new_scale.t(), flipped)
+    if new_scale is not None:
+        return Scaled(transpose(weight.data, inverse, new_scale, after), new_scale.t(), flipped)
+    cast = name_of(Cast(None, block, weight.data.dtype, scale_format))
+    _, _, data, scales = torch.ops.fp8dist.quantize.default(weight.data, cast, inverse, None, after)
+    return _scaled(data, scales, flipped, kind_of(block) == "own")

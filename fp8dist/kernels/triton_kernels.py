@@ -79,7 +79,6 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     T_KIND: tl.constexpr,
     T_BLOCK: tl.constexpr,
-    T_GIVEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -88,8 +87,7 @@ def quantize_kernel(
     KIND says which elements share a scale in data ("none": data is not wanted), T_KIND the same
     for t_data, as blocks of x. For "own" they are blocks of 1 x BLOCK and T_BLOCK x 1 and the
     scales are written column by column: scale is (N / BLOCK, M), t_scale (M_PADDED / T_BLOCK, N).
-    Otherwise amax has the bits of the amaxes as `amax_kernel` writes them; with T_GIVEN, it has
-    the scales for t_data themselves, and data is not wanted. For what is written see
+    Otherwise amax has the bits of the amaxes as `amax_kernel` writes them. For what is written see
     `_store_scale`.
     x_inverse, where there is one, is 1 / what x was scaled by: a power of two per row (X_INVERSE is
     "row") or per 1 x BN block ("own", (M, N / BN)).
@@ -141,23 +139,17 @@ def quantize_kernel(
 
     if T_KIND != "none":
         if T_KIND == "tensor":
-            if T_GIVEN:
-                t_scale = tl.load(amax_ptr)
+            if KIND == "row":
+                t_scale = amax_to_scale(tl.load(amax_ptr + M), FLOAT8_EXPONENT, FORMAT)
             else:
-                if KIND == "row":
-                    t_scale = amax_to_scale(tl.load(amax_ptr + M), FLOAT8_EXPONENT, FORMAT)
-                else:
-                    t_scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_EXPONENT, FORMAT)
-                _store_scale(t_scale_ptr, 0, 1, t_scale, (pid_m == 0) & (pid_n == 0), FORMAT)
+                t_scale = amax_to_scale(tl.load(amax_ptr), FLOAT8_EXPONENT, FORMAT)
+            _store_scale(t_scale_ptr, 0, 1, t_scale, (pid_m == 0) & (pid_n == 0), FORMAT)
             scaled = x * t_scale
         if T_KIND == "column":
-            if T_GIVEN:
-                t_scale = tl.load(amax_ptr + columns, mask=column_mask, other=0.0)
-            else:
-                before = M if KIND == "row" else 0
-                bits = tl.load(amax_ptr + before + columns, mask=column_mask, other=0)
-                t_scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
-                _store_scale(t_scale_ptr, columns, N, t_scale, column_mask & (pid_m == 0), FORMAT)
+            before = M if KIND == "row" else 0
+            bits = tl.load(amax_ptr + before + columns, mask=column_mask, other=0)
+            t_scale = amax_to_scale(bits, FLOAT8_EXPONENT, FORMAT)
+            _store_scale(t_scale_ptr, columns, N, t_scale, column_mask & (pid_m == 0), FORMAT)
             scaled = x * t_scale[None, :]
         if T_KIND == "own":
             count = (M_PADDED // T_BLOCK).to(tl.int64) * N
@@ -224,16 +216,3 @@ def quantize_rows_kernel(
             x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
             scaled = (x * scale).to(data_ptr.dtype.element_ty)
             tl.store(data_ptr + row * N + columns, scaled, mask=mask)
-
-
-@triton.jit
-def transpose_kernel(
-    x_ptr, out_ptr, M, N, x_stride, out_stride, BM: tl.constexpr, BN: tl.constexpr
-):
-    """out (N, M) = x (M, N) transposed; elements of a byte."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask)
-    offsets = columns[:, None] * out_stride + rows[None, :]
-    tl.store(out_ptr + offsets, tl.trans(x), mask=(columns < N)[:, None] & (rows < M)[None, :])

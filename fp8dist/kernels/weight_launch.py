@@ -16,8 +16,9 @@ from fp8dist.numerics import AmaxPart, CastPart, PackPart
 
 # What was fastest on an H200: rows and columns of a tile, and its warps.
 _WEIGHT_AMAX_TILE = (8, 256, 2)  # twice the rows of 2-byte elements
-_MOST_STEPS = 8  # one below the other, as many as leave the GPU enough programs
-_AMAX_STAGES = 4  # so many of them are on their way at once, half as many of 2-byte elements
+# So many are one below the other, the most that leave the GPU enough programs; 16 of 2 bytes only.
+_STEPS = (16, 8, 4, 2, 1)
+_AMAX_STAGES = 4  # so many of them are on their way at once
 _PACK_TILE = (16, 512, 4)
 
 _ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
@@ -56,9 +57,11 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         x_base, out_base = alike[0].x, alike[0].amaxes[0]
         entries = [_entry(part, alike[0], (ROW, COLUMN, (128, 128), TENSOR)) for part in alike]
         bm, bn, warps = _WEIGHT_AMAX_TILE
-        blocks = alike[0].blocks
-        bm = bm * 4 // x_base.element_size()
-        heights = tuple(bm * steps for steps in (_MOST_STEPS, 4, 2, 1))
+        blocks, size = alike[0].blocks, x_base.element_size()
+        bm = bm * 4 // size
+        heights = tuple(bm * steps for steps in _STEPS[0 if size == 2 else 1 :])
+        if (128, 128) in blocks:  # of which a height is a part
+            heights = tuple(height for height in heights if height <= 128)
         stream = _stream(x_base)
         table, matrices, height = _table(tuple(entries), heights, bn, stream, ENOUGH_PROGRAMS)
         launch_kernel(
@@ -69,11 +72,11 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             (
                 all(e[1] % 16 == e[2] % 16 == e[4] % 16 == 0 for e in entries),
                 *(block in blocks for block in (ROW, COLUMN, TENSOR, (128, 128))),
-                all(entry[3] % height == 0 for entry in entries),  # a height divides 128
+                all(entry[3] % height == 0 for entry in entries),
                 bm,
                 bn,
                 height // bm,
-                _AMAX_STAGES // (2 if x_base.element_size() == 2 else 1),
+                _AMAX_STAGES,
             ),
             num_warps=warps,
         )

@@ -241,7 +241,9 @@ def rescale_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
         raise AssertionError("a weight has a block for either matmul")
     w = matrices[0].float()
     scale = scale_of(w, first, work)
-    gathered = Scaled(numerics.cast(w, scale, work.float8_dtype), scale, first)
+    # As `Float8Tensor` has it: with reciprocals of scales, where they are needed.
+    inverse = None if work.scale_format == "e8m0" else scale.reciprocal()
+    gathered = Scaled(numerics.cast(w, scale, work.float8_dtype), scale, first, inverse)
     known = not work.is_transpose and work.scale_format != "e8m0"
     new_scale = scale_of(w, second, work) if known else None
 

@@ -175,13 +175,6 @@ def test_dims_of_a_tile_in_either_order(monkeypatch):
         launch._plan.cache_clear()
 
 
-@pytest.mark.parametrize(("block", "to"), [((1, 32), (32, 1)), ((1, 128), (128, 1))])
-def test_scales_of_blocks_that_are_given_are_refused(block, to):
-    x = numerics.quantize(make((256, 512), "wide", torch.float32), block, E4M3, "e8m0")
-    with pytest.raises(AssertionError, match="scales given: True"):
-        kernels.rescale_transposed(x, to, torch.ones(8, 512, device="cuda"), "e8m0")
-
-
 def test_what_is_too_large_for_offsets_of_32_bits_is_cast_by_tiles(monkeypatch):
     monkeypatch.setattr(launch, "_MOST_IN_BLOCKS", 512)
     check_blocks_of_128(make((512, 512), "wide", torch.bfloat16))

@@ -23,7 +23,7 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
         (None, recipe.grad_output_for_grad_weight),
     ]:
         cast = Cast(block, t_block, torch.float8_e4m3fn, recipe.scale_format)
-        args = (name_of(cast), None, None, None, None)
+        args = (name_of(cast), None, None, None)
         real = torch.ops.fp8dist.quantize(torch.randn(M, N, device=device), *args)
         with FakeTensorMode():
             fake = torch.ops.fp8dist.quantize(torch.empty(M, N, device=device), *args)
@@ -35,14 +35,12 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
 def test_a_derived_weight_is_as_the_fake(device: str) -> None:
     weight = torch.randn(M, N, device=device).to(torch.float8_e4m3fn)
     inverse, new_scale = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
-    cast = Cast(None, (-1, 1), torch.float8_e4m3fn, "power_of_2")
-    args = (name_of(cast), inverse, new_scale, None, None)
-    real = torch.ops.fp8dist.quantize(weight, *args)
-    assert real[2].shape == (N, M), "rows of a weight are not padded"
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.ops.fp8dist.quantize(weight, *args)
-    for got, told in zip(real, fake, strict=True):
-        assert (got.shape, got.stride(), got.dtype) == (told.shape, told.stride(), told.dtype)
+    for args in ((inverse, new_scale, None), (None, None, None)):
+        real = torch.ops.fp8dist.transpose(weight, *args)
+        assert real.shape == (N, M), "rows of a weight are not padded"
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = torch.ops.fp8dist.transpose(weight, *args)
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,10 +70,10 @@ def test_the_op_keeps_what_it_promises(name: str, shape: tuple[int, int]) -> Non
         (None, None),
     ]:
         cast = Cast(block, t_block, torch.float8_e4m3fn, recipe.scale_format)
-        args = (name_of(cast), None, None, None, None)
+        args = (name_of(cast), None, None, None)
         torch.library.opcheck(torch.ops.fp8dist.quantize.default, (torch.randn(shape), *args))
     for x in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8)):
-        torch.library.opcheck(torch.ops.fp8dist.transpose.default, (x, None))
+        torch.library.opcheck(torch.ops.fp8dist.transpose.default, (x, None, None, None))
 
 
 def test_kernels_get_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +83,7 @@ def test_kernels_get_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scales_of_blocks_are_written_column_by_column() -> None:
     cast = Cast((1, 128), (128, 1), torch.float8_e4m3fn, "power_of_2")
-    sizes, m_padded, amaxes = sizes_of(100, 256, cast, False)
+    sizes, m_padded, amaxes = sizes_of(100, 256, cast)
     assert sizes == ((100, 256), (2, 2, 100), (256, 128), (2, 1, 256))
     assert (m_padded, amaxes) == (128, 0)
 
@@ -99,8 +97,7 @@ def test_amaxes_of_rows_columns_and_the_tensor_are_counted_once() -> None:
         (None, (-1, 1), 128),
     ]:
         cast = Cast(block, t_block, torch.float8_e4m3fn, "power_of_2")
-        assert sizes_of(M, N, cast, False)[2] == expected
-    assert sizes_of(M, N, cast, True)[2] == 0  # of the last, whose scales are given
+        assert sizes_of(M, N, cast)[2] == expected
 
 
 @pytest.mark.parametrize("size", [(5,), (3, 4), (2, 1, 7), (0, 0), (0, 4), (4, 0), (2, 0, 3)])
