@@ -307,9 +307,9 @@ def quantize(
 
 
 def in_fours(x: torch.Tensor) -> bool:
-    """Whether x (M, N), of bytes, is words of four, along rows and columns, as transposes need."""
+    """Whether x (M, N), of bytes, is words of four, along rows and columns; see [Note: fours]."""
     (m, n), (stride, along) = x.shape, x.stride()
-    return along == 1 and m % 4 == n % 4 == stride % 4 == x.data_ptr() % 4 == 0
+    return along == x.element_size() == 1 and m % 4 == n % 4 == stride % 4 == x.data_ptr() % 4 == 0
 
 
 def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> bool:
@@ -317,6 +317,7 @@ def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor)
     return (
         x.dtype == torch.float8_e4m3fn
         and in_fours(x)
+        and x_inverse.dtype == new_scale.dtype == torch.float32
         and x_inverse.shape == (x.size(0), 1)
         and new_scale.shape in ((1, 1), (1, x.size(1)))
         and new_scale.is_contiguous()
@@ -326,7 +327,7 @@ def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor)
 _TRANSPOSE_TILE = (128, 128)
 
 
-def _transpose(
+def _transpose_fours(
     x: torch.Tensor, x_inverse: torch.Tensor, scale: torch.Tensor, scales: str
 ) -> torch.Tensor:
     m, n = x.shape
@@ -345,8 +346,23 @@ def _transpose(
 
 @where_x_is
 def transpose(x: torch.Tensor) -> torch.Tensor:
-    """(M, N), float8, `in_fours`, copied as (N, M)."""
-    return _transpose(x, x, x, "none")
+    """(M, N), of bytes, copied as (N, M)."""
+    if in_fours(x):
+        return _transpose_fours(x, x, x, "none")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    m, n = x.shape
+    out = _empty((n, m), x.dtype)
+    bm, bn = _TRANSPOSE_TILE
+    launch_kernel(
+        transpose_kernel.transpose_bytes_kernel,
+        (cdiv(m, bm), cdiv(n, bn), 1),
+        (x, out),
+        (m, n, x.stride(0)),
+        (bm, bn),
+        num_warps=8,
+    )
+    return out
 
 
 @where_x_is
@@ -357,4 +373,6 @@ def shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> 
         x_inverse: (M, 1), float32, 1 / the scales of rows.
         new_scale: (1, 1) or (1, N), float32.
     """
-    return _transpose(x, x_inverse, new_scale, "tensor" if new_scale.numel() == 1 else "column")
+    return _transpose_fours(
+        x, x_inverse, new_scale, "tensor" if new_scale.numel() == 1 else "column"
+    )

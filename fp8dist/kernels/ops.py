@@ -108,17 +108,23 @@ def _transpose(
     """(M, N), float8, copied as (N, M).
 
     Args:
-        x_inverse: 1 / what x was scaled by, if it is to be scaled by new_scale instead.
+        x_inverse: 1 / the scales of x, as many as it has blocks, if it is to have new ones.
+        new_scale: which these are, for x; scales of rows by one or by those of columns is what a
+            kernel does.
         after: see [Note: only in backward].
     """
+    if (x_inverse is None) != (new_scale is None):
+        raise AssertionError("a transpose has old and new scales, or neither")
+    by_kernel = in_kernels(x) and x.size(1) > 1  # for one column as for one row
     if x_inverse is None or new_scale is None:
-        if in_kernels(x) and launch.in_fours(x):
+        if by_kernel:
             return launch.transpose(x)
         return x.t().clone(memory_format=torch.contiguous_format)
-    if in_kernels(x) and launch.can_shift(x, x_inverse, new_scale):
+    if by_kernel and launch.can_shift(x, x_inverse, new_scale):
         return launch.shift(x, x_inverse, new_scale)
     value = numerics.dequantize(x, x_inverse.reciprocal())
-    return numerics.cast(value, new_scale, x.dtype).t().contiguous()
+    data = numerics.cast(value, new_scale, x.dtype).t()
+    return data.clone(memory_format=torch.contiguous_format)
 
 
 _library.impl("quantize", _quantize, "CompositeExplicitAutograd")
@@ -208,7 +214,7 @@ def rescale_transposed(
             return weight.t()
         return weight.t()._replace(data=transpose(weight.data, None, None, after))
     inverse = weight.inverse
-    if scale_format == "e8m0":
+    if scale_format == "e8m0" and new_scale is None:
         inverse = weight.scale
     elif inverse is None:
         inverse = weight.scale.reciprocal()

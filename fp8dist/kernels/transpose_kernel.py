@@ -1,4 +1,4 @@
-"""The Triton kernel that transposes float8, and may move it from scales of rows to other ones."""
+"""Triton kernels that transpose float8, one of which may move it from scales of rows to others."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 # A transpose read and written byte by byte takes more instructions than a copy of as many bytes has
 # time for. So words of four bytes are moved: a thread has the same word of four rows, whose sixteen
 # bytes it puts together to four words of columns, four rows each, with eight instructions. What
-# changes hands in shared memory then are words. Casts take four elements with a word, too.
+# changes hands in shared memory then are words, and elements are scaled by fours.
 
 
 @triton.jit
@@ -104,3 +104,14 @@ def transpose_kernel(
                 scale = tl.load(scale_ptr + columns * 4 + i, mask=column_mask, other=1.0)[None, :]
             column = _shifted(column, inverse_0, inverse_1, inverse_2, inverse_3, scale)
         tl.store(out_ptr + i * (M // 4), tl.trans(column), mask=out_mask)
+
+
+@triton.jit
+def transpose_bytes_kernel(x_ptr, out_ptr, M, N, x_stride, BM: tl.constexpr, BN: tl.constexpr):
+    """The same of any M, N, x_stride and addresses, without scales."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask)
+    offsets = columns[:, None] * M + rows[None, :]
+    tl.store(out_ptr + offsets, tl.trans(x), mask=(columns < N)[:, None] & (rows < M)[None, :])

@@ -9,9 +9,9 @@ byte, with `fp8dist.numerics`.
 
 "bytes" are what must be read and written, an input twice where its amaxes are known only after it
 was read. "x bandwidth" is the time over that of these bytes at the bandwidth of a large copy;
-"x copy" is the time over that of a copy of these bytes, timed in the same way, which for a small
-matrix is mostly the launch. The L2 cache is flushed before every call. What is above its limit, 1.3
-times a copy (1.6 for a transpose alone), is marked with "!".
+"x copy" is the time over that of a copy of these bytes (see `copy_seconds`), timed in the same way,
+which for a small matrix is mostly the launch. The L2 cache is flushed before every call. What is
+above its limit, 1.3 times a copy (1.6 for a transpose alone), is marked with "!".
 """
 
 import argparse

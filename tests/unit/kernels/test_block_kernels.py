@@ -1,8 +1,6 @@
 """On a GPU: what casts by patches gives the bytes of its reference, and is what is launched."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +9,11 @@ from fp8dist import hardware, kernels, numerics
 from fp8dist.config import ScaleFormat
 from fp8dist.numerics import Scaled
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
+from tests.unit.kernels.launched import launched
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
-
-from triton.knobs import runtime  # noqa: E402  # where there is Triton
 
 from fp8dist.kernels import launch  # noqa: E402  # where there is Triton
 
@@ -24,21 +21,6 @@ pytestmark = pytest.mark.gpu
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 PATCHES, TILES = "quantize_blocks_of_128_kernel", "quantize_kernel"
-
-
-@contextmanager
-def launched() -> Iterator[list[str]]:
-    """The names of the kernels that are launched within."""
-    names: list[str] = []
-
-    def hook(metadata: Any) -> None:
-        names.append(metadata.get()["name"])
-
-    runtime.launch_enter_hook.add(hook)
-    try:
-        yield names
-    finally:
-        runtime.launch_enter_hook.remove(hook)
 
 
 def assert_all_same(got: list[Scaled | None], want: list[Scaled | None]) -> None:

@@ -1,4 +1,4 @@
-"""The op `fp8dist::quantize` gives what the compiler was told it gives, and the reference does."""
+"""The ops of casts give what the compiler was told they give, and what the reference does."""
 
 import pytest
 import torch
@@ -32,12 +32,14 @@ def test_sizes_dtypes_and_strides_are_those_of_the_fake(name: str, device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_derived_weight_is_as_the_fake(device: str) -> None:
-    weight = torch.randn(M, N, device=device).to(torch.float8_e4m3fn)
-    inverse, new_scale = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
+@pytest.mark.parametrize("shape", [(M, N), (1, N), (M, 1), (0, N), (M, 0)], ids=str)
+def test_a_derived_weight_is_as_the_fake(shape: tuple[int, int], device: str) -> None:
+    weight = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+    inverse = torch.ones(shape[0], 1, device=device)
+    new_scale = torch.ones(1, shape[1], device=device)
     for args in ((inverse, new_scale, None), (None, None, None)):
         real = torch.ops.fp8dist.transpose(weight, *args)
-        assert real.shape == (N, M), "rows of a weight are not padded"
+        assert real.shape == shape[::-1], "rows of a weight are not padded"
         with FakeTensorMode(allow_non_fake_inputs=True):
             fake = torch.ops.fp8dist.transpose(weight, *args)
         assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
@@ -51,10 +53,20 @@ def test_a_derived_weight_is_that_of_the_reference(name: str, device: str) -> No
     w = torch.randn(64, N, device=device) * torch.logspace(-9, 9, N, base=2, device=device)
     args = (recipe.weight_dtype, recipe.scale_format)
     weight = numerics.quantize(w, recipe.weight, *args)
-    found = kernels.rescale_transposed(weight, recipe.weight_for_grad_input, None, args[1])
-    expected = numerics.rescale_transposed(weight, recipe.weight_for_grad_input, None, args[1])
-    assert torch.equal(found.data.float(), expected.data.float())
-    assert torch.equal(found.scale, expected.scale)
+    amax = numerics.amax(w, recipe.weight_for_grad_input)
+    for new_scale in (None, numerics.amax_to_scale(amax, *args)):
+        derivation = (recipe.weight_for_grad_input, new_scale, args[1])
+        found = kernels.rescale_transposed(weight, *derivation)
+        expected = numerics.rescale_transposed(weight, *derivation)
+        assert torch.equal(found.data.float(), expected.data.float())
+        assert torch.equal(found.scale, expected.scale)
+
+
+def test_a_transpose_has_old_and_new_scales_or_neither() -> None:
+    weight, scales = torch.zeros(8, 4).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    for one in ((scales, None), (None, scales)):
+        with pytest.raises(AssertionError, match="old and new scales, or neither"):
+            torch.ops.fp8dist.transpose(weight, *one, None)
 
 
 @pytest.mark.parametrize("shape", [(24, 128), (1, 128), (32, 1), (0, 128)], ids=str)

@@ -73,8 +73,8 @@ def test_fill_amaxes(content, cuts, enough, monkeypatch):
     weight_launch._table.cache_clear()
     all_blocks = [(-1, -1), (1, -1), (-1, 1), (128, 128)]
     for dtype, blocks in itertools.product(
-        (torch.float32, torch.bfloat16),
-        (all_blocks, all_blocks[:1], all_blocks[:2], all_blocks[3:]),
+        (torch.float32, torch.bfloat16, torch.float16),
+        (all_blocks, all_blocks[:1], all_blocks[:2], all_blocks[:3], all_blocks[3:]),
     ):
         parts, all_amaxes, expected = [], [], []
         for shape in [(640, 384), (128, 1280), (256, 128)]:
