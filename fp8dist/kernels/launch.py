@@ -307,9 +307,9 @@ def quantize(
 
 
 def in_fours(x: torch.Tensor) -> bool:
-    """Whether x (M, N), of bytes, is words of four, along rows and columns; see [Note: fours]."""
-    (m, n), (stride, along) = x.shape, x.stride()
-    return along == x.element_size() == 1 and m % 4 == n % 4 == stride % 4 == x.data_ptr() % 4 == 0
+    """Whether x (M, N), of bytes in rows, is words of four along either dim; see [Note: fours]."""
+    (m, n), stride = x.shape, x.stride(0)
+    return x.element_size() == 1 and m % 4 == n % 4 == stride % 4 == x.data_ptr() % 4 == 0
 
 
 def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> bool:
@@ -324,45 +324,27 @@ def can_shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor)
     )
 
 
-_TRANSPOSE_TILE = (128, 128)
-
-
-def _transpose_fours(
-    x: torch.Tensor, x_inverse: torch.Tensor, scale: torch.Tensor, scales: str
+def _transposed(
+    kernel: Any,
+    x: torch.Tensor,
+    scales: Sequence[torch.Tensor] = (),
+    numbers: tuple[int, ...] = (),
+    constants: tuple[Any, ...] = (),
 ) -> torch.Tensor:
     m, n = x.shape
     out = _empty((n, m), x.dtype)
-    bm, bn = _TRANSPOSE_TILE
-    launch_kernel(
-        transpose_kernel.transpose_kernel,
-        (cdiv(m, bm), cdiv(n, bn), 1),
-        (x, x_inverse, scale, out),
-        (m, n, x.stride(0), x_inverse.stride(0)),
-        (scales, bm, bn),
-        num_warps=8,
-    )
+    grid = cdiv(m, 128), cdiv(n, 128), 1
+    numbers, constants = (m, n, x.stride(0), *numbers), (*constants, 128, 128)
+    launch_kernel(kernel, grid, (x, *scales, out), numbers, constants, num_warps=8)
     return out
 
 
 @where_x_is
 def transpose(x: torch.Tensor) -> torch.Tensor:
-    """(M, N), of bytes, copied as (N, M)."""
+    """(M, N), of bytes in rows, copied as (N, M)."""
     if in_fours(x):
-        return _transpose_fours(x, x, x, "none")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    m, n = x.shape
-    out = _empty((n, m), x.dtype)
-    bm, bn = _TRANSPOSE_TILE
-    launch_kernel(
-        transpose_kernel.transpose_bytes_kernel,
-        (cdiv(m, bm), cdiv(n, bn), 1),
-        (x, out),
-        (m, n, x.stride(0)),
-        (bm, bn),
-        num_warps=8,
-    )
-    return out
+        return _transposed(transpose_kernel.transpose_kernel, x, (x, x), (0,), ("none",))
+    return _transposed(transpose_kernel.transpose_bytes_kernel, x)
 
 
 @where_x_is
@@ -373,6 +355,11 @@ def shift(x: torch.Tensor, x_inverse: torch.Tensor, new_scale: torch.Tensor) -> 
         x_inverse: (M, 1), float32, 1 / the scales of rows.
         new_scale: (1, 1) or (1, N), float32.
     """
-    return _transpose_fours(
-        x, x_inverse, new_scale, "tensor" if new_scale.numel() == 1 else "column"
+    scales = "tensor" if new_scale.numel() == 1 else "column"
+    return _transposed(
+        transpose_kernel.transpose_kernel,
+        x,
+        (x_inverse, new_scale),
+        (x_inverse.stride(0),),
+        (scales,),
     )

@@ -80,6 +80,31 @@ def test_bytes_are_those_that_must_be_moved(tmp_path: Path) -> None:
     assert {what: rows[what] for what in expected} == pytest.approx(expected)
 
 
+def test_copies_are_of_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 KiB, as others take longer, and no fewer bytes than are to be moved."""
+    copied: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda _, source: copied.append(source.nbytes))
+    monkeypatch.setattr(bench_casts, "median_seconds", lambda function, **_: function())
+    for size in (1, 8192, 8193, 2**20 + 4):
+        bench_casts.copy_seconds.__wrapped__(size)
+    assert copied == [4096, 4096, 8192, 2**19 + 4096]
+
+
+@pytest.mark.parametrize("name", ["rowwise", "rowwise_with_gw_hp"])
+def test_a_shifted_weight_has_its_reciprocals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was gathered has, so that they are not timed."""
+    cases = load_program("cast_cases")
+    (work,) = (work for work, _ in cases.works_of(RECIPES[name]) if work.kind == "rescale")
+    case = cases.case_of(work, (128, 256), 1)
+    weights: list[numerics.Scaled] = []
+    monkeypatch.setattr(
+        cases.kernels, "rescale_transposed", lambda weight, *_: weights.append(weight)
+    )
+    case.call()
+    (weight,) = weights
+    assert weight.inverse is not None and weight.inverse.equal(1 / weight.scale)
+
+
 @pytest.mark.parametrize(
     "name, recipe",
     [
