@@ -7,7 +7,12 @@ Variants, the first of which is what the others are compared to:
     bf16                        nothing converted
     torchao:RECIPE[+ag]         torchao; +ag: with its float8 all-gather (tensorwise only)
     fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
-                                all three matmuls
+                                all three matmuls; -cache for -ag: cast at each gather, keep no
+                                payload
+    VARIANT+recompute           the layers of --recompute are computed again in backward, as
+                                activation checkpointing of these alone does
+    VARIANT+offload             of weights that are gathered in float8; --offload GiB of activations
+                                wait for backward in host memory
 
 A row is the median tokens/s of a rank, the ratio to the first row, the peaks of allocated memory
 and of what the allocator held for it, the last loss, and what the first step took, compilation
@@ -26,6 +31,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +49,11 @@ from harness import (
     synchronize,
 )
 from idle import idle_of
+from offload import Offload
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fp8dist.tensors.one_rank import keep_gradients_in_place
 
@@ -56,6 +63,7 @@ DEFAULT_VARIANTS = (
 WARM_UP_STEPS = 4
 # Of the first loss, about ln(vocab): what float8 rounds differently moves it by a tenth of this.
 LOSS_TOLERANCE = 0.01
+ATTENTION = [f"attention.w{x}" for x in "qkvo"]
 
 
 @dataclass(frozen=True)
@@ -64,25 +72,37 @@ class Variant:
 
     name: str
     library: str
-    recipe: str
-    gather: bool
-    fast_accum: bool
+    recipe: str = ""
+    gather: bool = False
+    cache_payload: bool = True
+    fast_accum: bool = False
+    recompute: bool = False
+    offload: bool = False
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
-        if name == "bf16":
-            return cls(name, "bf16", "", gather=False, fast_accum=False)
-        if match := re.fullmatch(r"torchao:(\w+)(\+ag)?", name):
+        plain, offload = name.removesuffix("+offload"), name.endswith("+offload")
+        plain, recompute = plain.removesuffix("+recompute"), plain.endswith("+recompute")
+        after = {"recompute": recompute, "offload": offload}
+        if plain == "bf16":
+            variant = cls(name, "bf16", **after)
+        elif match := re.fullmatch(r"torchao:(\w+)(\+ag)?", plain):
             if match[2] and match[1] != "tensorwise":
                 raise ValueError(f"{name}: torchao gathers in float8 for tensorwise only")
-            return cls(name, "torchao", match[1], gather=bool(match[2]), fast_accum=False)
-        if match := re.fullmatch(r"fp8dist:(\w+)(-ag)?(\+fa)?", name):
-            return cls(name, "fp8dist", match[1], gather=not match[2], fast_accum=bool(match[3]))
-        raise ValueError(f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag][+fa]")
+            variant = cls(name, "torchao", match[1], gather=bool(match[2]), **after)
+        elif match := re.fullmatch(r"fp8dist:(\w+)(-ag|-cache)?(\+fa)?", plain):
+            gather, cache = match[2] != "-ag", match[2] != "-cache"
+            variant = cls(name, "fp8dist", match[1], gather, cache, bool(match[3]), **after)
+        else:
+            raise ValueError(
+                f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag|-cache][+fa], "
+                "and [+recompute][+offload] after that"
+            )
+        if offload and not (variant.library == "fp8dist" and variant.gather):
+            raise ValueError(f"{name}: weights in high precision would be offloaded, too")
+        return variant
 
-    def convert(
-        self, model: nn.Module, cache_payload: bool = True
-    ) -> Callable[[nn.Module], None] | None:
+    def convert(self, model: nn.Module) -> Callable[[nn.Module], None] | None:
         """Convert in place; returns what to call after each optimizer step."""
         if self.library == "torchao":
             import torchao.float8 as library
@@ -96,7 +116,7 @@ class Variant:
             config = library.Float8Config(
                 recipe_name=self.recipe,
                 enable_fsdp_float8_all_gather=self.gather,
-                cache_payload=cache_payload,
+                cache_payload=self.cache_payload,
                 fast_accum=True if self.fast_accum else None,
             )
         else:
@@ -124,7 +144,7 @@ class Row:
             "   n/a" if gib is None else f"{gib:6.2f}" for gib in (self.peak_gib, self.reserved_gib)
         )
         return (
-            f"{self.variant:28s} {self.tokens_per_second:9.0f} tok/s/rank  x{self.ratio:.3f}  "
+            f"{self.variant:34s} {self.tokens_per_second:9.0f} tok/s/rank  x{self.ratio:.3f}  "
             f"peak {peak} GiB of {reserved}  loss {self.loss:.4f}  "
             f"first step {self.first_step_seconds:.1f} s"
         )
@@ -149,18 +169,31 @@ class Training:
         torch.manual_seed(0)
         with torch.device("meta"):
             self.model = Decoder(Shape(args.vocab, args.dim, args.layers, args.ffn))
-        self.after_step = variant.convert(self.model, not args.no_cache)
+        self.after_step = variant.convert(self.model)
+        offload = int(args.offload * 2**30) if variant.offload else 0
+        self.saving = Offload(offload).forward if offload else nullcontext
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self.model.layers:
-            for fqn in args.recompute:
+            for fqn in args.recompute if variant.recompute else ():
                 layer.set_submodule(fqn, checkpoint_wrapper(layer.get_submodule(fqn)))
             if not args.no_compile:
                 layer.compile(fullgraph=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if args.split_root:
+            fully_shard(self.model.tok_embeddings, mesh=mesh, mp_policy=policy)
+            fully_shard(
+                [self.model.norm, self.model.output],
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=False,  # backward begins with it
+            )
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
         if args.in_place:
-            for module in (self.model, *self.model.layers):
-                keep_gradients_in_place(module._get_fsdp_state()._fsdp_param_group)
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule) and (
+                    group := module._get_fsdp_state()._fsdp_param_group
+                ):
+                    keep_gradients_in_place(group)
         self.model.to_empty(device=DEVICE)
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -178,13 +211,17 @@ class Training:
         for remaining in reversed(range(self.microbatches)):
             self.model.set_requires_gradient_sync(remaining == 0)
             # The logits have no name here, which would keep them until backward ends.
-            loss = F.cross_entropy(self.model(self.tokens).flatten(0, 1).float(), self.labels)
+            loss = F.cross_entropy(self.logits().flatten(0, 1).float(), self.labels)
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.after_step is not None:
             self.after_step(self.model)
         return loss.detach()
+
+    def logits(self) -> torch.Tensor:
+        with self.saving():
+            return self.model(self.tokens)
 
     def timed_step(self) -> tuple[float, torch.Tensor]:
         """Seconds of a step, until the device is done, and its loss."""
@@ -269,12 +306,15 @@ def parse_arguments() -> argparse.Namespace:
         "--recompute",
         nargs="+",
         # No output of w2 is kept.
-        choices=[*(f"attention.w{x}" for x in "qkvo"), *(f"feed_forward.w{x}" for x in "13")],
-        default=[],
-        help="layers of a block whose outputs the compiler computes again in backward",
+        choices=[*ATTENTION, *(f"feed_forward.w{x}" for x in "13")],
+        default=ATTENTION,
+        help=f"layers of a block that +recompute is for, default {' '.join(ATTENTION)}",
     )
+    parser.add_argument("--offload", type=float, default=1.5, help="GiB, default 1.5")
     parser.add_argument(
-        "--no-cache", action="store_true", help="fp8dist casts at each gather and keeps no payload"
+        "--split-root",
+        action="store_true",
+        help="the embedding, and the last norm with the output layer, in FSDP groups of their own",
     )
     parser.add_argument(
         "--in-place",
@@ -285,16 +325,16 @@ def parse_arguments() -> argparse.Namespace:
         "--profile", action="store_true", help="also the kernels of a step, and idle time"
     )
     parser.add_argument("--json", type=Path, help="write rows, GPU, versions and date there")
-    args = parser.parse_args()
-    if args.no_compile and args.recompute:
-        parser.error("--recompute is for the compiler: leave out --no-compile")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     names = args.variants.split(",")
     variants = {name: Variant.parse(name) for name in names}
+    for variant in variants.values():
+        if variant.recompute and args.no_compile:
+            raise ValueError(f"{variant.name}: for the compiler, leave out --no-compile")
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     compare(names, lambda name, first: measure(variants[name], args, mesh, first), args)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from tests.distributed.harness import DEVICE, run_on_ranks
 from tests.unit.bench.program import load_program, run_program
@@ -44,7 +45,18 @@ def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["fp8", "torchao:rowwise+ag", "fp8dist:tensorwise+fa-ag"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8",
+        "torchao:rowwise+ag",
+        "fp8dist:tensorwise+fa-ag",
+        "fp8dist:tensorwise+offload+recompute",
+        "bf16+offload",
+        "torchao:tensorwise+ag+offload",
+        "fp8dist:tensorwise-ag+offload",
+    ],
+)
 def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
     program = load_program("bench_step")
     with mock.patch.object(sys, "argv", ["bench_step", f"--variants=bf16,{name}"]):
@@ -56,7 +68,7 @@ def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
     ("flags", "message"),
     [
         ("--recompute attention.wq w3", "choose from"),
-        ("--recompute feed_forward.w3 --no-compile", "leave out"),
+        ("--variants bf16,bf16+recompute --no-compile", "leave out"),
     ],
 )
 def test_refuses_what_cannot_be_computed_again(
@@ -64,23 +76,32 @@ def test_refuses_what_cannot_be_computed_again(
 ) -> None:
     program = load_program("bench_step")
     with mock.patch.object(sys, "argv", ["bench_step", *flags.split()]):
-        with pytest.raises(SystemExit):
+        with pytest.raises((SystemExit, ValueError)) as error:
             program.main()
-    assert message in capsys.readouterr().err
+    assert message in f"{error.value}{capsys.readouterr().err}"
 
 
-def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
+def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
+    """Also how many parameters each module that was sharded holds, with its reduce-scatter."""
     program = load_program("bench_step")
     sizes = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32"
-    made: list[Any] = []
+    made: dict[str, Any] = {}
 
     def compare(names: list[str], measure: Any, args: Any) -> None:
         mesh = init_device_mesh(DEVICE, (1,))
         training = program.Training(program.Variant.parse(variant), args, mesh)
         layer = training.model.layers[0]
-        made.append(layer.attention.wq)
-        made.append([n for n, m in layer.named_modules() if isinstance(m, CheckpointWrapper)])
-        made.append(layer._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm)
+        if hasattr(layer.attention.wq, "config"):
+            made["cached"] = layer.attention.wq.config.cache_payload
+        again = [n for n, m in layer.named_modules() if isinstance(m, CheckpointWrapper)]
+        if again:
+            made["again"] = again
+        for name, module in training.model.named_modules():
+            if isinstance(module, FSDPModule) and (
+                group := module._get_fsdp_state()._fsdp_param_group
+            ):
+                comm = type(group._reduce_scatter_comm).__name__
+                made[name] = (len(group.fsdp_params), comm.removesuffix("ReduceScatter"))
 
     with (
         mock.patch.object(sys, "argv", ["bench_step", *sizes.split(), *flags.split()]),
@@ -88,25 +109,48 @@ def what_flags_do(variant: str, flags: str) -> tuple[Any, ...]:
         mock.patch.object(program, "compare", compare),
     ):
         program.main()
-    layer, again, comm = made
-    cached = layer.config.cache_payload if hasattr(layer, "config") else None
-    return type(comm).__name__, cached, again
+    return made
 
 
 TWO = ["attention.wq", "feed_forward.w3"]
+ALL_OF_ATTENTION = [f"attention.w{x}" for x in "qkvo"]
+GROUPS = {"": (3, "Default"), "layers.0": (9, "Default")}
+SPLIT = {"tok_embeddings": 1, "layers.0": 9, "norm": 2, "output": 2}  # these two are one group
 
 
 @pytest.mark.parametrize(
     ("variant", "flags", "expected"),
     [
-        ("bf16", "", ("DefaultReduceScatter", None, [])),
-        ("bf16", "--in-place", ("InPlaceReduceScatter", None, [])),
-        ("bf16", f"--recompute {' '.join(TWO)}", ("DefaultReduceScatter", None, TWO)),
-        ("fp8dist:rowwise", "--no-cache", ("DefaultReduceScatter", False, [])),
+        ("bf16", "", GROUPS),
+        ("bf16", f"--recompute {' '.join(TWO)}", GROUPS),
+        ("bf16+recompute", "", GROUPS | {"again": ALL_OF_ATTENTION}),
+        ("bf16+recompute", f"--recompute {' '.join(TWO)}", GROUPS | {"again": TWO}),
+        ("bf16", "--in-place", {name: (n, "InPlace") for name, (n, _) in GROUPS.items()}),
+        ("bf16", "--split-root", {name: (n, "Default") for name, n in SPLIT.items()}),
+        ("bf16", "--split-root --in-place", {name: (n, "InPlace") for name, n in SPLIT.items()}),
+        ("fp8dist:rowwise", "", GROUPS | {"cached": True}),
+        ("fp8dist:rowwise-cache", "", GROUPS | {"cached": False}),
+        (
+            "fp8dist:rowwise-cache+fa+recompute",
+            "",
+            GROUPS | {"cached": False, "again": ALL_OF_ATTENTION},
+        ),
     ],
 )
-def test_flags(variant: str, flags: str, expected: tuple[Any, ...]) -> None:
+def test_flags(variant: str, flags: str, expected: dict[str, Any]) -> None:
     assert run_on_ranks(1, what_flags_do, variant, flags) == [expected]
+
+
+def test_offloaded_activations_train_as_others_do(tmp_path: Path) -> None:
+    """Bit for bit, the last of six steps."""
+    variants = ["fp8dist:tensorwise", "fp8dist:tensorwise+offload", "fp8dist:tensorwise+offload"]
+    saved = tmp_path / "rows.json"
+    flags = f"--variants={','.join(variants)} --json={saved} --offload=1 --split-root"
+    run = run_program("bench_step", *SIZES.split(), *flags.split(), ranks=2)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(saved.read_text())["rows"]
+    assert [row["variant"] for row in rows] == variants
+    assert len({row["loss"] for row in rows}) == 1
 
 
 def test_other_losses_than_the_first_variants_are_wrong() -> None:
