@@ -7,12 +7,15 @@ Variants, the first of which is what the others are compared to:
     bf16                        nothing converted
     torchao:RECIPE[+ag]         torchao; +ag: with its float8 all-gather (tensorwise only)
     fp8dist:RECIPE[-ag][+fa]    fp8dist; -ag: gather in high precision, +fa: fast accumulation in
-                                all three matmuls; -cache for -ag: cast at each gather, keep no
-                                payload
-    VARIANT+recompute           the layers of --recompute are computed again in backward, as
-                                activation checkpointing of these alone does
-    VARIANT+offload             of weights that are gathered in float8; --offload GiB of activations
-                                wait for backward in host memory
+                                all three matmuls
+
+and at the end of a name, to need less memory:
+
+    -cache        (fp8dist without -ag) cast at each gather, keep no payload
+    +recompute    compute the outputs of the layers of --recompute again in backward, as activation
+                  checkpointing of each of them does
+    +offload      (fp8dist without -ag) keep --offload GiB of activations in host memory until
+                  backward
 
 A row is the median tokens/s of a rank, the ratio to the first row, the peaks of allocated memory
 and of what the allocator held for it, the last loss, and what the first step took, compilation
@@ -27,12 +30,13 @@ weigh as on a slow network:
 """
 
 import argparse
+import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,37 +76,25 @@ class Variant:
 
     name: str
     library: str
-    recipe: str = ""
-    gather: bool = False
-    cache_payload: bool = True
-    fast_accum: bool = False
-    recompute: bool = False
-    offload: bool = False
+    recipe: str
+    gather: bool
+    fast_accum: bool
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
-        plain, offload = name.removesuffix("+offload"), name.endswith("+offload")
-        plain, recompute = plain.removesuffix("+recompute"), plain.endswith("+recompute")
-        after = {"recompute": recompute, "offload": offload}
-        if plain == "bf16":
-            variant = cls(name, "bf16", **after)
-        elif match := re.fullmatch(r"torchao:(\w+)(\+ag)?", plain):
+        if name == "bf16":
+            return cls(name, "bf16", "", gather=False, fast_accum=False)
+        if match := re.fullmatch(r"torchao:(\w+)(\+ag)?", name):
             if match[2] and match[1] != "tensorwise":
                 raise ValueError(f"{name}: torchao gathers in float8 for tensorwise only")
-            variant = cls(name, "torchao", match[1], gather=bool(match[2]), **after)
-        elif match := re.fullmatch(r"fp8dist:(\w+)(-ag|-cache)?(\+fa)?", plain):
-            gather, cache = match[2] != "-ag", match[2] != "-cache"
-            variant = cls(name, "fp8dist", match[1], gather, cache, bool(match[3]), **after)
-        else:
-            raise ValueError(
-                f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag|-cache][+fa], "
-                "and [+recompute][+offload] after that"
-            )
-        if offload and not (variant.library == "fp8dist" and variant.gather):
-            raise ValueError(f"{name}: weights in high precision would be offloaded, too")
-        return variant
+            return cls(name, "torchao", match[1], gather=bool(match[2]), fast_accum=False)
+        if match := re.fullmatch(r"fp8dist:(\w+)(-ag)?(\+fa)?", name):
+            return cls(name, "fp8dist", match[1], gather=not match[2], fast_accum=bool(match[3]))
+        raise ValueError(f"{name}: neither bf16, torchao:RECIPE[+ag] nor fp8dist:RECIPE[-ag][+fa]")
 
-    def convert(self, model: nn.Module) -> Callable[[nn.Module], None] | None:
+    def convert(
+        self, model: nn.Module, cache_payload: bool = True
+    ) -> Callable[[nn.Module], None] | None:
         """Convert in place; returns what to call after each optimizer step."""
         if self.library == "torchao":
             import torchao.float8 as library
@@ -116,7 +108,7 @@ class Variant:
             config = library.Float8Config(
                 recipe_name=self.recipe,
                 enable_fsdp_float8_all_gather=self.gather,
-                cache_payload=self.cache_payload,
+                cache_payload=cache_payload,
                 fast_accum=True if self.fast_accum else None,
             )
         else:
@@ -125,6 +117,30 @@ class Variant:
             model, config=config, module_filter_fn=lambda module, fqn: "output" not in fqn
         )
         return library.precompute_float8_dynamic_scale_for_fsdp if self.gather else None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a variant does to need less memory, from the end of its name on the command line."""
+
+    cache_payload: bool = True
+    recompute: bool = False
+    offload: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> tuple[Variant, "Memory"]:
+        match = re.fullmatch(r"(.*?)((?:-cache|\+recompute|\+offload)*)", name, re.DOTALL)
+        if match is None:
+            raise AssertionError(f"{name!r} has no beginning")
+        variant = replace(Variant.parse(match[1]), name=name)
+        memory = cls("-cache" not in match[2], "+recompute" in match[2], "+offload" in match[2])
+        gathers_float8 = variant.library == "fp8dist" and variant.gather
+        if not gathers_float8 and (memory.offload or not memory.cache_payload):
+            raise ValueError(
+                f"{name}: -cache and +offload are for weights that fp8dist gathers in float8, "
+                "leave them out, or -ag"
+            )
+        return variant, memory
 
 
 @dataclass(frozen=True)
@@ -165,16 +181,16 @@ class Measured:
 class Training:
     """A sharded model, its optimizer and one batch."""
 
-    def __init__(self, variant: Variant, args: argparse.Namespace, mesh: DeviceMesh) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, mesh: DeviceMesh) -> None:
+        variant, memory = Memory.parse(name)
         torch.manual_seed(0)
         with torch.device("meta"):
             self.model = Decoder(Shape(args.vocab, args.dim, args.layers, args.ffn))
-        self.after_step = variant.convert(self.model)
-        offload = int(args.offload * 2**30) if variant.offload else 0
-        self.saving = Offload(offload).forward if offload else nullcontext
+        self.after_step = variant.convert(self.model, memory.cache_payload)
+        self.offload = Offload(int(args.offload * 2**30)) if memory.offload else None
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in self.model.layers:
-            for fqn in args.recompute if variant.recompute else ():
+            for fqn in args.recompute if memory.recompute else ():
                 layer.set_submodule(fqn, checkpoint_wrapper(layer.get_submodule(fqn)))
             if not args.no_compile:
                 layer.compile(fullgraph=True)
@@ -220,7 +236,7 @@ class Training:
         return loss.detach()
 
     def logits(self) -> torch.Tensor:
-        with self.saving():
+        with nullcontext() if self.offload is None else self.offload.forward():
             return self.model(self.tokens)
 
     def timed_step(self) -> tuple[float, torch.Tensor]:
@@ -263,11 +279,11 @@ def check_losses(losses: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def measure(
-    variant: Variant, args: argparse.Namespace, mesh: DeviceMesh, first: "Measured | None"
+    name: str, args: argparse.Namespace, mesh: DeviceMesh, first: "Measured | None"
 ) -> "Measured":
     """Check and time a variant. `first`: the one that it is compared to."""
     torch._dynamo.reset()
-    training = Training(variant, args, mesh)
+    training = Training(name, args, mesh)
     first_step, loss = training.timed_step()
     warm_up = torch.stack([loss, *(training.step() for _ in range(WARM_UP_STEPS - 1))])
     check_losses(warm_up, warm_up if first is None else first.warm_up)
@@ -281,7 +297,7 @@ def measure(
     )
     rate = args.microbatches * args.batch * args.seq / statistics.median(seconds)
     baseline = rate if first is None else first.row.tokens_per_second
-    row = Row(variant.name, rate, rate / baseline, peak, reserved, losses[-1].item(), first_step)
+    row = Row(name, rate, rate / baseline, peak, reserved, losses[-1].item(), first_step)
     return Measured(row, kernel_report(training) if args.profile else "", warm_up)
 
 
@@ -307,10 +323,11 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         # No output of w2 is kept.
         choices=[*ATTENTION, *(f"feed_forward.w{x}" for x in "13")],
-        default=ATTENTION,
-        help=f"layers of a block that +recompute is for, default {' '.join(ATTENTION)}",
+        help=f"layers of a block, for +recompute; default {' '.join(ATTENTION)}",
     )
-    parser.add_argument("--offload", type=float, default=1.5, help="GiB, default 1.5")
+    parser.add_argument(
+        "--offload", type=float, help="GiB of a rank's activations, for +offload; default 1.5"
+    )
     parser.add_argument(
         "--split-root",
         action="store_true",
@@ -328,16 +345,36 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_arguments(args: argparse.Namespace, memories: Sequence[Memory]) -> None:
+    """Refuse what would do nothing or mislead, and fill in the defaults of the other flags."""
+    recompute = any(memory.recompute for memory in memories)
+    offload = any(memory.offload for memory in memories)
+    if recompute and args.no_compile:
+        raise ValueError(
+            "+recompute: not compiled, outputs of layers are kept by what takes them, leave out "
+            "--no-compile"
+        )
+    if offload and args.profile:
+        raise ValueError(
+            "+offload: copies run beside kernels, by which a GPU would not seem idle, leave out "
+            "--profile"
+        )
+    for flag, used, default in (("recompute", recompute, ATTENTION), ("offload", offload, 1.5)):
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif not used:
+            raise ValueError(f"--{flag}: no variant has it, write VARIANT+{flag}")
+    if not 0 < args.offload < math.inf:
+        raise ValueError(f"--offload: {args.offload} GiB, must be more than none and finite")
+
+
 def main() -> None:
     args = parse_arguments()
     names = args.variants.split(",")
-    variants = {name: Variant.parse(name) for name in names}
-    for variant in variants.values():
-        if variant.recompute and args.no_compile:
-            raise ValueError(f"{variant.name}: for the compiler, leave out --no-compile")
+    check_arguments(args, [Memory.parse(name)[1] for name in names])
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
-    compare(names, lambda name, first: measure(variants[name], args, mesh, first), args)
+    compare(names, lambda name, first: measure(name, args, mesh, first), args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 # Smaller ones are not worth a copy of their own.
 SMALLEST = 2**24 if CUDA else 2**10
-# Saved tensors (of two and a half layers of Llama's) by which a copy back is ahead of its use.
+# By how many saved tensors, those of two and a half compiled layers of Llama's, a copy back
+# precedes its use.
 AHEAD = 20
 
 # [Note: activations in host memory]
@@ -34,10 +35,17 @@ class _Saved:
     copied: Any = None  # an event, of the last copy
 
 
+def _is_activation(tensor: torch.Tensor) -> bool:
+    """Not a view of a weight, which FSDP2 frees, nor one in float8, which calls itself bfloat16."""
+    of_parameter = isinstance(tensor._base, torch.nn.Parameter)
+    return type(tensor) is torch.Tensor and tensor.dtype == torch.bfloat16 and not of_parameter
+
+
 class Offload:
     """Keeps the first activations in host memory, see [Note: activations in host memory].
 
-    Only where no weight is saved for backward in high precision: weights would be copied, too.
+    For layers whose weights are saved in float8: of others not every one can be told from an
+    activation. What is saved twice, as by layers that are not compiled, is copied twice.
 
     Args:
         size: bytes, that the activations have at most.
@@ -56,7 +64,9 @@ class Offload:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward, whose backward must run, once, before the next."""
+        """Around a forward. Before the next its backward must run, once, and ask for all it saved:
+        what has been brought back for nothing might be freed while it is written.
+        """
         self._reset()
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
@@ -65,13 +75,11 @@ class Offload:
             saved.on_device = None
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        # A float8 weight says that it is bfloat16.
-        activation = type(tensor) is torch.Tensor and tensor.dtype == torch.bfloat16
-        if not activation or tensor.nbytes < SMALLEST:
+        if not _is_activation(tensor) or tensor.nbytes < SMALLEST:
             return tensor
         saved = _Saved(self._count, tensor)
         self._count += 1
-        # What has gaps shares its memory with others, which would not be freed.
+        # Of what has gaps the memory is others', too, and would not be freed.
         if tensor.nbytes <= self._left and torch.ops.aten.is_non_overlapping_and_dense(tensor):
             self._left -= tensor.nbytes
             self._stream.wait_stream(self._module.current_stream())
@@ -96,7 +104,7 @@ class Offload:
         return tensor
 
     def _bring_back(self, saved: _Saved) -> None:
-        """Start to."""
+        """Have the copy made; `copied` is when it is there."""
         saved.on_device = torch.empty_like(saved.on_host, device=DEVICE)
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):

@@ -45,51 +45,72 @@ def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), abs=0.1)
 
 
+def run_main(*arguments: str, compare: Any = None) -> None:
+    """The program in this process, which may begin to compare if it is said how."""
+    program = load_program("bench_step")
+    refused = AssertionError("these arguments are not refused")
+    with (
+        mock.patch.object(sys, "argv", ["bench_step", *arguments]),
+        mock.patch.object(program, "init_distributed", side_effect=None if compare else refused),
+        mock.patch.object(program, "compare", compare),
+    ):
+        program.main()
+
+
 @pytest.mark.parametrize(
     "name",
     [
+        "",
         "fp8",
         "torchao:rowwise+ag",
         "fp8dist:tensorwise+fa-ag",
-        "fp8dist:tensorwise+offload+recompute",
+        "fp8dist:tensorwise-cache+fa",
+        "bf16-cache",
         "bf16+offload",
         "torchao:tensorwise+ag+offload",
         "fp8dist:tensorwise-ag+offload",
+        "fp8dist:tensorwise-ag-cache",
     ],
 )
 def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
-    program = load_program("bench_step")
-    with mock.patch.object(sys, "argv", ["bench_step", f"--variants=bf16,{name}"]):
-        with pytest.raises(ValueError, match=f"^{re.escape(name)}: "):
-            program.main()
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: "):
+        run_main(f"--variants=bf16,{name}")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--recompute attention.wq w3", "choose from"),
-        ("--variants bf16,bf16+recompute --no-compile", "leave out"),
+        ("--variants bf16,bf16+recompute --no-compile", "outputs of layers are kept"),
+        ("--variants fp8dist:rowwise+offload --profile", "not seem idle"),
+        ("--variants bf16+recompute --offload 1", "--offload: no variant has it"),
+        ("--variants fp8dist:rowwise+offload --recompute attention.wq", "--recompute: no variant"),
+        ("--variants fp8dist:rowwise+offload --offload 0", "0.0 GiB, must be"),
+        ("--variants fp8dist:rowwise+offload --offload nan", "nan GiB, must be"),
+        ("--variants fp8dist:rowwise+offload --offload inf", "inf GiB, must be"),
     ],
 )
-def test_refuses_what_cannot_be_computed_again(
-    flags: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    program = load_program("bench_step")
-    with mock.patch.object(sys, "argv", ["bench_step", *flags.split()]):
-        with pytest.raises((SystemExit, ValueError)) as error:
-            program.main()
-    assert message in f"{error.value}{capsys.readouterr().err}"
+def test_refuses_flags_that_would_do_nothing(flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_main(*flags.split())
+
+
+def test_refuses_layers_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_main("--recompute", "attention.wq", "w3")
+    assert "choose from" in capsys.readouterr().err
+
+
+SMALL = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32".split()
 
 
 def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
     """Also how many parameters each module that was sharded holds, with its reduce-scatter."""
     program = load_program("bench_step")
-    sizes = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32"
     made: dict[str, Any] = {}
 
     def compare(names: list[str], measure: Any, args: Any) -> None:
         mesh = init_device_mesh(DEVICE, (1,))
-        training = program.Training(program.Variant.parse(variant), args, mesh)
+        training = program.Training(variant, args, mesh)
         layer = training.model.layers[0]
         if hasattr(layer.attention.wq, "config"):
             made["cached"] = layer.attention.wq.config.cache_payload
@@ -102,13 +123,12 @@ def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
             ):
                 comm = type(group._reduce_scatter_comm).__name__
                 made[name] = (len(group.fsdp_params), comm.removesuffix("ReduceScatter"))
+        if training.offload is not None:
+            training.logits()
+            made["away"] = sum(saved.on_host.nbytes for saved in training.offload._away)
 
-    with (
-        mock.patch.object(sys, "argv", ["bench_step", *sizes.split(), *flags.split()]),
-        mock.patch.object(program, "init_distributed"),
-        mock.patch.object(program, "compare", compare),
-    ):
-        program.main()
+    with mock.patch.object(load_program("offload"), "SMALLEST", 2**10):
+        run_main(*SMALL, f"--variants={variant}", *flags.split(), compare=compare)
     return made
 
 
@@ -122,7 +142,6 @@ SPLIT = {"tok_embeddings": 1, "layers.0": 9, "norm": 2, "output": 2}  # these tw
     ("variant", "flags", "expected"),
     [
         ("bf16", "", GROUPS),
-        ("bf16", f"--recompute {' '.join(TWO)}", GROUPS),
         ("bf16+recompute", "", GROUPS | {"again": ALL_OF_ATTENTION}),
         ("bf16+recompute", f"--recompute {' '.join(TWO)}", GROUPS | {"again": TWO}),
         ("bf16", "--in-place", {name: (n, "InPlace") for name, (n, _) in GROUPS.items()}),
@@ -131,9 +150,20 @@ SPLIT = {"tok_embeddings": 1, "layers.0": 9, "norm": 2, "output": 2}  # these tw
         ("fp8dist:rowwise", "", GROUPS | {"cached": True}),
         ("fp8dist:rowwise-cache", "", GROUPS | {"cached": False}),
         (
-            "fp8dist:rowwise-cache+fa+recompute",
+            "fp8dist:rowwise+fa-cache+recompute",
             "",
             GROUPS | {"cached": False, "again": ALL_OF_ATTENTION},
+        ),
+        # What attention takes and gives has 8192 bytes each, and is what is kept first.
+        (
+            "fp8dist:rowwise-cache+offload",
+            "--no-compile --offload 2e-5",
+            GROUPS | {"cached": False, "away": 2 * 8192},
+        ),
+        (
+            "fp8dist:rowwise+offload",
+            "--no-compile --offload 3e-5",
+            GROUPS | {"cached": True, "away": 3 * 8192},
         ),
     ],
 )
@@ -141,16 +171,34 @@ def test_flags(variant: str, flags: str, expected: dict[str, Any]) -> None:
     assert run_on_ranks(1, what_flags_do, variant, flags) == [expected]
 
 
-def test_offloaded_activations_train_as_others_do(tmp_path: Path) -> None:
-    """Bit for bit, the last of six steps."""
-    variants = ["fp8dist:tensorwise", "fp8dist:tensorwise+offload", "fp8dist:tensorwise+offload"]
-    saved = tmp_path / "rows.json"
-    flags = f"--variants={','.join(variants)} --json={saved} --offload=1 --split-root"
-    run = run_program("bench_step", *SIZES.split(), *flags.split(), ranks=2)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(saved.read_text())["rows"]
-    assert [row["variant"] for row in rows] == variants
-    assert len({row["loss"] for row in rows}) == 1
+def losses_of(variants: list[str]) -> list[list[float]]:
+    """Of three steps, for each variant."""
+    program = load_program("bench_step")
+    losses: list[list[float]] = []
+
+    def compare(names: list[str], measure: Any, args: Any) -> None:
+        mesh = init_device_mesh(DEVICE, (2,))
+        for name in names:
+            training = program.Training(name, args, mesh)
+            losses.append([training.step().item() for _ in range(3)])
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with mock.patch.object(load_program("offload"), "SMALLEST", 2**10):
+            flags = "--no-compile --microbatches=2 --split-root".split()
+            run_main(*SMALL, f"--variants={','.join(variants)}", *flags, compare=compare)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return losses
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise_with_gw_hp"])
+def test_offloaded_activations_train_as_others_do(recipe: str) -> None:
+    """Bit for bit, though all of them are away."""
+    variants = [f"fp8dist:{recipe}", f"fp8dist:{recipe}+offload"]
+    for here, away in run_on_ranks(2, losses_of, variants):
+        assert here == away
+        assert len(set(here)) == 3
 
 
 def test_other_losses_than_the_first_variants_are_wrong() -> None:
