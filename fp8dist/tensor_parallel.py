@@ -59,7 +59,7 @@ class _CastInput(torch.autograd.Function):
     """Cast in forward; the gradient passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch's takes any
         ctx: Any, input: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
@@ -68,7 +68,7 @@ class _CastInput(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(  # type: ignore[override]  # torch's takes any
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         return grad_output, None, None, None
@@ -82,7 +82,7 @@ class _GatherInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch's takes any
         ctx: Any, input: DTensor, recipe_name: str, cut: Cut, again: bool
     ) -> DTensor:
         ctx.mesh, ctx.placements = input.device_mesh, input.placements
@@ -96,7 +96,7 @@ class _GatherInput(torch.autograd.Function):
         return DTensor.from_local(out, ctx.mesh, (Replicate(),), run_check=False)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(  # type: ignore[override]  # torch's takes any
         ctx: Any, grad_output: DTensor
     ) -> tuple[DTensor, None, None, None]:
         return grad_output.redistribute(placements=ctx.placements), None, None, None
@@ -107,7 +107,7 @@ class _CastGradient(torch.autograd.Function):
     """Cast the gradient in backward; forward passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # torch's takes any
         ctx: Any, output: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
@@ -121,7 +121,7 @@ class _CastGradient(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(  # type: ignore[override]  # torch's takes any
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         return cast_activation(grad_output, *ctx.args), None, None, None

@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402  # after the path
 
-from tests.distributed.fuzz import FuzzCase, cases, failure_of  # noqa: E402
+from tests.distributed.fuzz import FuzzCase, cases, failure_of  # noqa: E402  # after the path
 
 
 def main() -> int:

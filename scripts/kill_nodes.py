@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.distributed.killing import (  # noqa: E402
+from tests.distributed.killing import (  # noqa: E402  # after the path
     TIMEOUT,
     check_checkpoints,
     finish,
@@ -31,8 +31,8 @@ from tests.distributed.killing import (  # noqa: E402
     record_of,
     start,
 )
-from tests.distributed.nodes import Nodes  # noqa: E402
-from tests.distributed.test_train import write_text  # noqa: E402
+from tests.distributed.nodes import Nodes  # noqa: E402  # after the path
+from tests.distributed.test_train import write_text  # noqa: E402  # after the path
 
 STEPS = 60
 RESUMED = r"resuming after step \d+\n(.*\n)*?step .*\n"  # and has done a step since

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.distributed.killing import (  # noqa: E402
+from tests.distributed.killing import (  # noqa: E402  # after the path
     TIMEOUT,
     check_checkpoints,
     finish,
@@ -27,7 +27,7 @@ from tests.distributed.killing import (  # noqa: E402
     record_of,
     start,
 )
-from tests.distributed.test_train import write_text  # noqa: E402
+from tests.distributed.test_train import write_text  # noqa: E402  # after the path
 
 
 def main() -> int:

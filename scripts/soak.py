@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as deterministic algorithms ask for
 
-import torch.distributed as dist  # noqa: E402
+import torch.distributed as dist  # noqa: E402  # after the path
 
-from tests.distributed.harness import init_process_group  # noqa: E402
-from tests.distributed.soaking import EVERY, Soaked, faults, soak  # noqa: E402
+from tests.distributed.harness import init_process_group  # noqa: E402  # after the path
+from tests.distributed.soaking import EVERY, Soaked, faults, soak  # noqa: E402  # after the path
 
 # Of the medians of the first and the last fifth after the warm-up; a machine's own noise.
 DRIFT = 1.2

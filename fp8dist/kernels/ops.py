@@ -18,7 +18,7 @@ from fp8dist.numerics import Scaled
 if torch.backends.cuda.is_built() and find_spec("triton") is not None:
     from fp8dist.kernels import launch
 else:
-    launch = None  # type: ignore[assignment]
+    launch = None  # type: ignore[assignment]  # no module
 
 
 def has_kernels(x: torch.Tensor) -> bool:

@@ -125,7 +125,7 @@ class Float8ShardedWeight(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # typed
         cls,
         func: Any,
         types: Any,
@@ -154,7 +154,7 @@ class Float8ShardedWeight(torch.Tensor):
             return args[0]  # an in-place op returns what it was called on
         return out
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does
 
     def _like(self, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
         """Another tensor in the place of this one's."""
@@ -194,7 +194,7 @@ class Float8ShardedWeight(torch.Tensor):
     @property
     def data(self) -> torch.Tensor:
         """As any tensor's; what is assigned takes the place of the plain tensor inside."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a getset
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -222,7 +222,7 @@ class Float8ShardedWeight(torch.Tensor):
     ) -> "Float8ShardedWeight":
         return Float8ShardedWeight(inner["_tensor"])
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
         return f"Float8ShardedWeight({self._tensor!r})"
 
     @property

@@ -174,7 +174,7 @@ def checkpoint_activations(model: Llama, job: JobConfig) -> None:
         cast(TransformerBlock, block).recompute = recompute
 
 
-def _keep_or_recompute(context, op, *args, **kwargs) -> CheckpointPolicy:  # noqa: ANN001
+def _keep_or_recompute(context, op, *args, **kwargs) -> CheckpointPolicy:
     """torch's selective checkpointing asks this about every operation in a block."""
     return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -33,7 +33,6 @@ import argparse
 import math
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ from harness import (
     compare,
     init_distributed,
     kernels_of,
-    synchronize,
+    timed,
 )
 from idle import idle_of
 from offload import Offload
@@ -239,13 +238,6 @@ class Training:
         with nullcontext() if self.offload is None else self.offload.forward():
             return self.model(self.tokens)
 
-    def timed_step(self) -> tuple[float, torch.Tensor]:
-        """Seconds of a step, until the device is done, and its loss."""
-        start = time.perf_counter()
-        loss = self.step()
-        synchronize()
-        return time.perf_counter() - start, loss
-
 
 def kernel_report(training: Training) -> str:
     """The kernels of one step, the longest first, and on a GPU how long that does nothing."""
@@ -284,12 +276,12 @@ def measure(
     """Check and time a variant. `first`: the one that it is compared to."""
     torch._dynamo.reset()
     training = Training(name, args, mesh)
-    first_step, loss = training.timed_step()
+    first_step, loss = timed(training.step)
     warm_up = torch.stack([loss, *(training.step() for _ in range(WARM_UP_STEPS - 1))])
     check_losses(warm_up, warm_up if first is None else first.warm_up)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds, losses = zip(*(training.timed_step() for _ in range(args.steps)), strict=True)
+    seconds, losses = zip(*(timed(training.step) for _ in range(args.steps)), strict=True)
     peak, reserved = (
         (torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)
         if CUDA

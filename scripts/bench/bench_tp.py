@@ -21,7 +21,6 @@ network; see bench_step.py.
 
 import argparse
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from harness import (
     compare,
     init_distributed,
     sqnr,
-    synchronize,
+    timed,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -204,16 +203,11 @@ def measure(
         training.step()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(args.steps):
-        start = time.perf_counter()
-        loss = training.step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+    seconds, of_steps = zip(*(timed(training.step) for _ in range(args.steps)), strict=True)
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     rate = args.batch * args.seq / statistics.median(seconds)
     baseline = rate if first is None else first.row.tokens_per_second
-    row = Row(name, rate, rate / baseline, dict(sent), db, peak, loss.item())
+    row = Row(name, rate, rate / baseline, dict(sent), db, peak, of_steps[-1].item())
     return Measured(row, losses, added)
 
 

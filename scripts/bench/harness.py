@@ -152,6 +152,17 @@ def seconds_between(start: Mark, end: Mark) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+Result = TypeVar("Result")
+
+
+def timed(function: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of a call until the device is done, and its result."""
+    start = time.perf_counter()
+    result = function()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
 def host_seconds(function: Callable[[], object]) -> float:
     """Seconds a call takes the host, without waiting for the device."""
     synchronize()

@@ -77,7 +77,7 @@ def layer_of(weight: torch.Tensor, variant: str) -> nn.Linear:
 
 def part(x: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> torch.Tensor:
     """This rank's, contiguous."""
-    dim = placement.dim  # type: ignore[attr-defined]
+    dim = placement.dim
     return x.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
 
 
@@ -106,8 +106,8 @@ def measure(operands: Operands, variant: str, mesh: DeviceMesh) -> list[Row]:
             output.backward(grad)
         found = (
             whole(output.detach(), tp, output_is),
-            whole(x.grad, tp, input_is),  # type: ignore[arg-type]
-            layer.weight.grad.full_tensor(),  # type: ignore[union-attr, operator]
+            whole(x.grad, tp, input_is),
+            layer.weight.grad.full_tensor(),
         )
         parallel = [sqnr(*pair) for pair in zip(found, truth, strict=True)]
         rows.append(Row(variant, cut, one_device, parallel, dict(sent)))

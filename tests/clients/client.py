@@ -57,13 +57,13 @@ def accelerate_on_cpu() -> Iterator[None]:
         if self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = said_to_be_on_gpus  # type: ignore[method-assign]
+    PartialState.__init__ = said_to_be_on_gpus
     try:
         with environment():
             os.environ["ACCELERATE_USE_CPU"] = "true"
             yield
     finally:
-        PartialState.__init__ = original  # type: ignore[method-assign]
+        PartialState.__init__ = original
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -98,7 +98,7 @@ class PlainLoop:
         self.model = convert(model)
         mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
         options = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
-        for layer in model.model.layers:  # type: ignore[union-attr]
+        for layer in model.model.layers:
             fully_shard(layer, **options)
         fully_shard(model, **options)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, **adamw)

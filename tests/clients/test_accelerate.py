@@ -22,8 +22,8 @@ from tests.clients.models import new_model, to_be_float8
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.wire import collectives
 
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="for .ci/clients")
+pytest.importorskip("transformers", reason="for .ci/clients")
 
 STEPS = 3
 

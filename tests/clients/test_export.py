@@ -17,8 +17,8 @@ from tests.clients.client import float8_of, script
 from tests.clients.models import convert, new_model
 from tests.distributed.harness import run_on_ranks
 
-pytest.importorskip("compressed_tensors")
-pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors", reason="for .ci/clients")
+pytest.importorskip("transformers", reason="for .ci/clients")
 
 
 def unsharded(model: Any) -> dict[str, torch.Tensor]:

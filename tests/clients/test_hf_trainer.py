@@ -20,8 +20,8 @@ from tests.clients.models import convert, new_model, to_be_float8
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.wire import collectives
 
-pytest.importorskip("accelerate")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="for .ci/clients")
+transformers = pytest.importorskip("transformers", reason="for .ci/clients")
 
 STEPS = 4
 

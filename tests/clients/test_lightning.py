@@ -15,7 +15,7 @@ from tests.clients.client import environment, float8_of, script
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.wire import collectives
 
-lightning = pytest.importorskip("lightning")
+lightning = pytest.importorskip("lightning", reason="for .ci/clients")
 
 
 class Watched(lightning.Callback):
@@ -59,7 +59,7 @@ def fit(steps: int, watched: Watched, one_file: bool, checkpoint: str | None = N
         enable_model_summary=False,
     )
     data = torch.randint(256, (64, 9), generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+    loader = DataLoader(data, batch_size=4)
     trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
 

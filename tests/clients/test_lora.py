@@ -13,8 +13,8 @@ from tests.clients.client import accelerate_on_cpu, float8_of, layer_bytes, scri
 from tests.distributed.harness import run_on_ranks
 from tests.distributed.wire import Collective, collectives
 
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("transformers", reason="for .ci/clients")
+peft = pytest.importorskip("peft", reason="for .ci/clients")
 
 STEPS = 3
 GATHERED_IN_BFLOAT16 = fp8dist.Float8Config(
@@ -117,7 +117,7 @@ def trained_by_accelerate() -> None:
 
 
 def test_accelerate_shards_adapters_and_weights() -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="for .ci/clients")
     run_on_ranks(2, trained_by_accelerate)
 
 

@@ -77,7 +77,7 @@ def refused_model(argv: list[str]) -> str:
     ids=["torch", "code", "model"],
 )
 def test_what_computes(argv: list[str], body: object, found: str) -> None:
-    messages = run_on_ranks(2, body, argv)  # type: ignore[arg-type]
+    messages = run_on_ranks(2, body, argv)
     assert messages[0] == messages[1]
     assert found in messages[0] and "on rank 1" in messages[0]
 

@@ -182,22 +182,22 @@ def train_while_saves_are_slow(argv: list[str]) -> dict:
     write_data, save, close = FileSystemWriter.write_data, Checkpointer.save, Checkpointer.close
     step = Trainer._step
 
-    def late(self, plan, planner):  # noqa: ANN001
+    def late(self, plan, planner):
         assert stepped.wait(60)
         return write_data(self, plan, planner)
 
-    def counted(self, number, progress):  # noqa: ANN001
+    def counted(self, number, progress):
         self.wait()
         stepped.clear()
         save(self, number, progress)
         published.append(len(list(self._folder.glob("step-*[0-9]"))))
 
-    def step_and_tell(self, number):  # noqa: ANN001
+    def step_and_tell(self, number):
         numbers = step(self, number)
         stepped.set()
         return numbers
 
-    def close_at_last(self):  # noqa: ANN001
+    def close_at_last(self):
         stepped.set()
         close(self)
 

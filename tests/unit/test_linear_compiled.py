@@ -234,6 +234,31 @@ def test_nothing_made_of_an_input_is_kept_from_forward(
     assert [size for size in kept if size > tokens] == [tokens * 256] * factors
 
 
+def casts_of(graph: torch.fx.GraphModule, tokens: int) -> list[torch.fx.Node]:
+    """What becomes float8, in rows of tokens, of something that is not."""
+    casts = []
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and getattr(value, "dtype", None) == torch.float8_e4m3fn:
+            of = node.args[0].meta["val"]  # of what an op returns several values
+            if value.size(0) == tokens and getattr(of, "dtype", None) != value.dtype:
+                casts.append(node)
+    return casts
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_layers_of_one_input_share_its_cast(recipe: str, as_on_a_gpu: None) -> None:
+    """Of three two have the same, which is cast once, by the op or where the compiler fuses it."""
+    torch._dynamo.reset()
+    block = float8_block(Float8Config(recipe, emulate=True), dim=128)
+    graphs: dict[str, torch.fx.GraphModule] = {}
+    compiled = torch.compile(block, fullgraph=True, backend=noting(graphs))
+    tokens = 384  # of which no part of a weight is a multiple
+    compiled(seeded(1, tokens, 128, seed=1).requires_grad_()).sum().backward()
+    inputs = casts_of(graphs["forward"], tokens)
+    assert len(inputs) == 2, inputs
+
+
 def test_backward_casts_by_the_amax_that_forward_has_found(as_on_a_gpu: None) -> None:
     torch._dynamo.reset()
     graphs: dict[str, torch.fx.GraphModule] = {}

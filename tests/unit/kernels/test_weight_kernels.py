@@ -8,12 +8,13 @@ from fp8dist.config import COLUMN, ROW, TENSOR
 from fp8dist.numerics import AmaxPart, PackPart
 from fp8dist.precompute import scales_size
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
+from tests.unit.kernels.launched import launched
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
     pytest.skip("needs torch built for GPUs", allow_module_level=True)
 
-from fp8dist.kernels import launch, weight_launch  # noqa: E402  # where there is Triton
+from fp8dist.kernels import weight_launch  # noqa: E402  # where there is Triton
 
 pytestmark = pytest.mark.gpu
 
@@ -67,11 +68,15 @@ def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format, multiprocessors
 
 
 def test_rows_are_cast_in_one_launch_with_their_amaxes() -> None:
-    x = make((256, 128), "wide", torch.float32)
-    amaxes, out = torch.zeros(256, 1).cuda(), torch.empty(256, 128).cuda().to(torch.float8_e4m3fn)
-    launch._compiled.clear()
-    kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes], out, "power_of_2")])
-    assert len(launch._compiled) == 1
+    """Of all matrices."""
+    parts = []
+    for rows in (256, 64, 128):
+        x, amaxes = make((rows, 128), "wide", torch.float32), torch.zeros(rows, 1).cuda()
+        out = torch.empty(rows, 128).cuda().to(torch.float8_e4m3fn)
+        parts.append(AmaxPart(x, (0, 0), [ROW], [amaxes], out, "power_of_2"))
+    with launched() as names:
+        kernels.fill_amaxes(parts)
+    assert names == ["cast_rows_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -93,9 +98,9 @@ def test_matrices_are_packed_with_their_scales(content, dtype):
                 payload = flat[offset:].view(-1, width)
                 payloads[kind].append(payload)
                 of_kind.append(PackPart(x, (1, 32), torch.float8_e4m3fn, payload[:rows]))
-        launch._compiled.clear()
-        kernels.pack_into(parts["got"])
-        assert len(launch._compiled) == 1
+        with launched() as names:
+            kernels.pack_into(parts["got"])
+        assert names == ["pack_kernel"]
         numerics.pack_into(parts["want"])
         for got, want, part in zip(payloads["got"], payloads["want"], parts["got"], strict=True):
             both = [x.tensor_split([part.x.size(1)], 1) for x in (got, want)]

@@ -202,7 +202,7 @@ def test_a_gather_moves_bytes(name: str, group: str) -> None:
     moved = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if "all_gather_into_tensor" in str(func) and type(args[0]) is torch.Tensor:
                 moved.append((args[0].dtype, args[0].numel()))
             return func(*args, **(kwargs or {}))

@@ -51,7 +51,7 @@ def test_no_warmup_and_warmup_longer_than_the_run() -> None:
 )
 def test_optimizer_takes_its_constants_from_the_job(name: str, kind: type) -> None:
     job = JobConfig()
-    job.optimizer.name = name  # type: ignore[assignment]
+    job.optimizer.name = name
     job.optimizer.lr, job.optimizer.beta1, job.optimizer.beta2 = 0.5, 0.8, 0.7
     job.optimizer.eps, job.optimizer.weight_decay = 1e-3, 0.25
     job.training.steps, job.lr_scheduler.warmup_steps = 8, 4
