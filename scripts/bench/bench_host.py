@@ -3,15 +3,18 @@
     torchrun --nproc-per-node 1 scripts/bench/bench_host.py --json outputs/host.json
 
 A model of many small layers is bound by what the host does for each. Here it is --groups groups of
---weights weights (N, K), each group sharded by itself, for each of bench_step.py's variants that
-gathers in bfloat16 or float8. Microseconds per weight:
+--weights weights (N, K), each group sharded by itself, for bf16 and those of bench_step.py's
+variants that gather in float8. Microseconds per weight:
 
-    unshard       an unshard and a reshard of its group, of which a step has two
+    unshard       an unshard and a reshard of its group, of which a step has two. As
+                  `FSDPModule.unshard` does it, with FSDP2's look at what was initialised before
     precompute    the call after the optimizer step
 
 by the clock, and, in brackets, by torch's profiler, which takes time itself at every operator. "per
-step" is two unshards and precompute, by the clock. Nothing waits for the device in between. On a
-CPU it is the work as well, and with more ranks than one the communication.
+step" is two unshards and precompute, by the clock, and then the ratio to the first variant's.
+Nothing waits for the device in between. With one rank FSDP2 gathers nothing: it copies what others
+cast, but not fp8dist's payloads. On a CPU the times are the work as well, and with more ranks than
+one the communication.
 """
 
 import argparse
@@ -152,6 +155,11 @@ def main() -> None:
         if variant.name != "bf16" and not variant.gather:
             raise ValueError(f"{variant.name}: does not gather in float8, leave it out")
     init_distributed()
+    if not CUDA and dist.get_world_size() > 1 and any(n.startswith("torchao") for n in names):
+        raise ValueError(
+            f"--variants is {options.variants}: gloo cannot gather torchao's float8, leave torchao "
+            "out or start one rank"
+        )
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     print_once(f"microseconds of the host per weight; {'GPU' if CUDA else 'CPU'}")
     compare(names, lambda name, first: measure(name, options, mesh, first), options)

@@ -248,13 +248,14 @@ def casts_of(graph: torch.fx.GraphModule, tokens: int) -> list[torch.fx.Node]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_layers_of_one_input_share_its_cast(recipe: str, as_on_a_gpu: None) -> None:
-    """Of three two have the same, which is cast once, by the op or where the compiler fuses it."""
+    """Of three two have the same, which forward casts once, by the op or where it is fused."""
     torch._dynamo.reset()
     block = float8_block(Float8Config(recipe, emulate=True), dim=128)
     graphs: dict[str, torch.fx.GraphModule] = {}
     compiled = torch.compile(block, fullgraph=True, backend=noting(graphs))
     tokens = 384  # of which no part of a weight is a multiple
     compiled(seeded(1, tokens, 128, seed=1).requires_grad_()).sum().backward()
+    assert sum(isinstance(layer, Float8Linear) for layer in block.modules()) == 3
     inputs = casts_of(graphs["forward"], tokens)
     assert len(inputs) == 2, inputs
 
