@@ -65,7 +65,7 @@ class Float8Experts(Float8Tensor):
     _stable_hash_for_caching = hash_for_caching
 
     @staticmethod
-    def __new__(  # type: ignore[override]  # torch's takes one argument
+    def __new__(
         cls,
         data: torch.Tensor,
         scales: torch.Tensor | None,
@@ -146,7 +146,7 @@ class Float8Experts(Float8Tensor):
         scales = inner.get("_scales")
         return Float8Experts(inner["_data"], scales, outer_size, dtype, config, transposed)
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8Experts(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -166,7 +166,7 @@ class Float8ShardedExperts(Float8ShardedWeight):
     _stable_hash_for_caching = hash_for_caching
 
     @staticmethod
-    def __new__(  # type: ignore[override]  # torch's takes one argument
+    def __new__(
         cls, tensor: torch.Tensor, config: Float8Config, name: str, edits: Edits | None = None
     ) -> "Float8ShardedExperts":
         self: Any = Float8ShardedWeight.__new__(cls, tensor, edits)
@@ -196,7 +196,7 @@ class Float8ShardedExperts(Float8ShardedWeight):
     ) -> "Float8ShardedExperts":
         return Float8ShardedExperts(inner["_tensor"], *meta)
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8ShardedExperts({self._tensor!r})"
 
 
@@ -246,7 +246,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
+    def forward(
         ctx: Any,
         input: torch.Tensor,
         weight: torch.Tensor,
@@ -282,7 +282,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]  # torch's takes any
+    def backward(
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         weight, ends, *saved = ctx.saved_tensors

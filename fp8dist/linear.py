@@ -91,7 +91,7 @@ class _Float8Matmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
+    def forward(
         ctx: Any,
         input: torch.Tensor,
         weight: torch.Tensor,
@@ -133,7 +133,7 @@ class _Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]  # torch's takes any
+    def backward(
         ctx: Any, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         weight, *saved_input = ctx.saved_tensors

@@ -59,7 +59,7 @@ class _CastInput(torch.autograd.Function):
     """Cast in forward; the gradient passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
+    def forward(
         ctx: Any, input: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
@@ -68,9 +68,7 @@ class _CastInput(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return grad_output, None, None, None
 
 
@@ -82,9 +80,7 @@ class _GatherInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, input: DTensor, recipe_name: str, cut: Cut, again: bool
-    ) -> DTensor:
+    def forward(ctx: Any, input: DTensor, recipe_name: str, cut: Cut, again: bool) -> DTensor:
         ctx.mesh, ctx.placements = input.device_mesh, input.placements
         local, recipe = input._local_tensor, RECIPES[recipe_name]
         cast = cast_activation(
@@ -96,9 +92,7 @@ class _GatherInput(torch.autograd.Function):
         return DTensor.from_local(out, ctx.mesh, (Replicate(),), run_check=False)
 
     @staticmethod
-    def backward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, grad_output: DTensor
-    ) -> tuple[DTensor, None, None, None]:
+    def backward(ctx: Any, grad_output: DTensor) -> tuple[DTensor, None, None, None]:
         return grad_output.redistribute(placements=ctx.placements), None, None, None
 
 
@@ -107,7 +101,7 @@ class _CastGradient(torch.autograd.Function):
     """Cast the gradient in backward; forward passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
+    def forward(
         ctx: Any, output: torch.Tensor, recipe_name: str, group_name: str, across: bool
     ) -> torch.Tensor:
         recipe = RECIPES[recipe_name]
@@ -121,9 +115,7 @@ class _CastGradient(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return cast_activation(grad_output, *ctx.args), None, None, None
 
 

@@ -18,7 +18,7 @@ from fp8dist.numerics import Scaled
 if torch.backends.cuda.is_built() and find_spec("triton") is not None:
     from fp8dist.kernels import launch
 else:
-    launch = None  # type: ignore[assignment]  # no module
+    launch = None  # type: ignore[assignment]  # a module elsewhere
 
 
 def has_kernels(x: torch.Tensor) -> bool:

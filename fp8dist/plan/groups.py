@@ -12,12 +12,12 @@ class _Product(torch.autograd.Function):
     """A grouped matmul of tokens (M, K) by weights (E, K, N), as far as sizes go."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # torch's takes any
+    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(tokens, weights)
         return tokens.new_empty(tokens.size(0), weights.size(2))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]  # torch's takes any
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, weights = ctx.saved_tensors
         return torch.empty_like(tokens), torch.empty_like(weights)
 

@@ -184,7 +184,7 @@ class Float8Activation(torch.Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # typed
+    def __torch_dispatch__(  # type: ignore[override]  # no classmethod in torch's stubs
         cls,
         func: Any,
         types: Any,
@@ -250,7 +250,8 @@ class Float8Activation(torch.Tensor):
             return self._with(padded, scale if one_scale else func(scale, args[0], 1))
         return None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does
+    # What torch offers for this has no types.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], "_Meta"]:
         maybe = [name for name in _OPTIONAL if getattr(self, name) is not None]
@@ -275,7 +276,7 @@ class Float8Activation(torch.Tensor):
         """A gradient from outside of what was compiled, which expects a plain one there."""
         return self.dequantize() if expected_type is torch.Tensor else None
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8Activation(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -285,14 +286,12 @@ class ByRank(torch.autograd.Function):
     """An activation's tokens as they arrived, (tokens, K); see [Note: tokens by rank]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, input: Float8Activation
-    ) -> Float8Activation:
+    def forward(ctx: Any, input: Float8Activation) -> Float8Activation:
         ctx.tokens, ctx.cut = input.shape[:-1], input._cut
         return input.by_rank()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # torch's takes any
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return in_order(grad, ctx.tokens, ctx.cut)
 
 

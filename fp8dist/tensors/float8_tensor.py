@@ -93,7 +93,7 @@ class Float8Tensor(torch.Tensor):
         return Float8Tensor(data, self._scales, self.shape, self.dtype, self._scales_for_grad_input)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # typed
+    def __torch_dispatch__(  # type: ignore[override]  # no classmethod in torch's stubs
         cls,
         func: Any,
         types: Any,
@@ -133,7 +133,8 @@ class Float8Tensor(torch.Tensor):
             return self._with_data(self._data.detach())
         return None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does
+    # What torch offers for this has no types.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype]]:
         names = ["_data", "_scales", "_scales_for_grad_input"]
@@ -154,7 +155,7 @@ class Float8Tensor(torch.Tensor):
             inner.get("_scales_for_grad_input"),
         )
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 

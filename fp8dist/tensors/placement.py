@@ -110,7 +110,7 @@ def shard_of(
         largest = _with(part, dim, extent)
         start = _with(start, dim, min(mesh.get_local_rank(cut.fsdp) * extent, part[dim]))
     _check_columns(part, largest[1], recipe, fqn)
-    data = param._local_tensor._tensor  # type: ignore[attr-defined]  # ours
+    data = param._local_tensor._tensor  # type: ignore[attr-defined]  # a Float8ShardedWeight
     return precompute.Shard(data, part, start, largest, recipe, world, whole, part_start)
 
 
@@ -145,7 +145,7 @@ def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) 
     _check_columns(param.shape, columns, recipe, fqn)
     of_expert = param.shape[1]
     return precompute.Shard(
-        as_matrix(param._local_tensor._tensor),  # type: ignore[attr-defined]  # ours
+        as_matrix(param._local_tensor._tensor),  # type: ignore[attr-defined]  # a Float8ShardedWeight
         matrix_size(param.shape),
         (first * of_expert, 0) if dim == 0 else _with((0, 0), dim - 1, first),
         (experts * rows, columns),

@@ -125,7 +125,7 @@ class Float8ShardedWeight(torch.Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # typed
+    def __torch_dispatch__(  # type: ignore[override]  # no classmethod in torch's stubs
         cls,
         func: Any,
         types: Any,
@@ -154,7 +154,8 @@ class Float8ShardedWeight(torch.Tensor):
             return args[0]  # an in-place op returns what it was called on
         return out
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does
+    # What torch offers for this has no types.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def _like(self, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
         """Another tensor in the place of this one's."""
@@ -194,7 +195,7 @@ class Float8ShardedWeight(torch.Tensor):
     @property
     def data(self) -> torch.Tensor:
         """As any tensor's; what is assigned takes the place of the plain tensor inside."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a getset
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a descriptor
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -222,7 +223,7 @@ class Float8ShardedWeight(torch.Tensor):
     ) -> "Float8ShardedWeight":
         return Float8ShardedWeight(inner["_tensor"])
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8ShardedWeight({self._tensor!r})"
 
     @property

@@ -68,11 +68,11 @@ class StandIn(torch.autograd.Function):
     """A weight's part in float8, whose gradient is that of the part in high precision."""
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, cast: Float8Tensor) -> Float8Tensor:  # type: ignore[override]  # torch's takes any
+    def forward(ctx: Any, part: torch.Tensor, cast: Float8Tensor) -> Float8Tensor:
         return cast
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # torch's takes any
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -81,13 +81,11 @@ class CastPart(torch.autograd.Function):
     """`cast_part`; the gradient passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch's takes any
+    def forward(
         ctx: Any, part: torch.Tensor, dim: int, recipe_name: str, group_name: str
     ) -> Float8Tensor:
         return cast_part(high_precision(part), dim, RECIPES[recipe_name], group_name)
 
     @staticmethod
-    def backward(  # type: ignore[override]  # torch's takes any
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return grad, None, None, None

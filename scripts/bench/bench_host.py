@@ -31,19 +31,17 @@ from bench_step import Variant
 from harness import (
     CUDA,
     DEVICE,
-    check,
     compare,
     host_seconds,
     init_distributed,
     print_once,
-    sqnr,
     synchronize,
 )
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile, record_function
-from unsharding import LOWEST_SQNR
+from unsharding import check_unsharded
 
 WARM_UP_CALLS = 3
 PROFILED_CALLS = 3  # whose thousands of operators it takes seconds to count
@@ -71,6 +69,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
+    """What `compare` takes: a row."""
+
     row: Row
 
     def __str__(self) -> str:
@@ -116,18 +116,14 @@ def measure(
 
     precompute()
     groups[0].unshard()
-    found = groups[0][0].weight.detach()
-    if hasattr(found, "to_original_precision"):  # torchao's has no other way
-        found = found.to_original_precision()
-    decibels = sqnr(found, expected)
-    check(decibels >= LOWEST_SQNR, f"SQNR of an unsharded weight is {decibels:.1f} dB")
+    check_unsharded(groups[0][0].weight.detach(), expected)
     groups[0].reshard()
     weights = options.groups * options.weights
     times = []
     for function in (unshard, precompute):
         for _ in range(WARM_UP_CALLS):
             function()
-        gc.collect()
+        gc.collect()  # now, and not while a call is timed
         clock = statistics.median(host_seconds(function) for _ in range(options.calls))
         times += [clock / weights * 1e6, profiled_seconds(function) / weights * 1e6]
     per_step = 2 * times[0] + times[2]

@@ -128,11 +128,10 @@ class Memory:
 
     @classmethod
     def parse(cls, name: str) -> tuple[Variant, "Memory"]:
-        match = re.fullmatch(r"(.*?)((?:-cache|\+recompute|\+offload)*)", name, re.DOTALL)
-        if match is None:
-            raise AssertionError(f"{name!r} has no beginning")
-        variant = replace(Variant.parse(match[1]), name=name)
-        memory = cls("-cache" not in match[2], "+recompute" in match[2], "+offload" in match[2])
+        plain = re.sub(r"(-cache|\+recompute|\+offload)+\Z", "", name)
+        end = name[len(plain) :]
+        variant = replace(Variant.parse(plain), name=name)
+        memory = cls("-cache" not in end, "+recompute" in end, "+offload" in end)
         gathers_float8 = variant.library == "fp8dist" and variant.gather
         if not gathers_float8 and (memory.offload or not memory.cache_payload):
             raise ValueError(

@@ -83,6 +83,14 @@ def expected_bytes(variant: Variant, weight: torch.Tensor) -> torch.Tensor:
     return payload.flatten()
 
 
+def check_unsharded(unsharded: torch.Tensor, weight: torch.Tensor) -> None:
+    """That what was unsharded is `weight`, as far as float8 keeps it."""
+    if hasattr(unsharded, "to_original_precision"):  # torchao's has no other way
+        unsharded = unsharded.to_original_precision()
+    decibels = sqnr(unsharded, weight)
+    check(decibels >= LOWEST_SQNR, f"SQNR of the unsharded weight is {decibels:.1f} dB")
+
+
 class Ranks:
     """All ranks as one mesh, each as a mesh of its own, and as a group that waits on the CPU."""
 
@@ -151,11 +159,7 @@ class Unsharding:
             check(gathered is not None, "nothing was gathered")
             if gathered is not None:
                 check_same_bytes(gathered, expected_bytes(self.variant, weight), "gathered")
-        unsharded = self.layer.weight.detach()
-        if hasattr(unsharded, "to_original_precision"):  # torchao's has no other way
-            unsharded = unsharded.to_original_precision()
-        decibels = sqnr(unsharded, weight)
-        check(decibels >= LOWEST_SQNR, f"SQNR of the unsharded weight is {decibels:.1f} dB")
+        check_unsharded(self.layer.weight.detach(), weight)
         self.layer.reshard()
         self.all_gather.gathered = None
 

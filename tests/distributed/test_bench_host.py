@@ -46,8 +46,15 @@ def test_prints_and_saves_a_row_per_variant(
 
 
 def test_gloo_is_not_given_torchaos_float8() -> None:
-    run = run_program("bench_host", *SMALL, "--variants=bf16,torchao:tensorwise+ag", ranks=2)
-    assert run.returncode != 0 and "leave torchao out" in run.stderr
+    program = load_program("bench_host")
+    with (
+        mock.patch.object(sys, "argv", ["bench_host", "--variants=bf16,torchao:tensorwise+ag"]),
+        mock.patch.object(program, "init_distributed"),
+        mock.patch.object(program, "CUDA", False),
+        mock.patch.object(program.dist, "get_world_size", return_value=2),
+        pytest.raises(ValueError, match="leave torchao out"),
+    ):
+        program.main()
 
 
 def calls_and_row(name: str) -> tuple[list[Counter[str]], dict[str, Any]]:
@@ -91,8 +98,11 @@ def test_what_is_timed_is_each_groups_unshard_and_one_precompute() -> None:
 
 
 def test_the_profiler_is_asked_for_one_call() -> None:
-    seconds = load_program("bench_host").profiled_seconds(lambda: time.sleep(0.05))
-    assert 0.05 <= seconds < 0.15  # not the three calls that there are
+    """Not for all that there are: together they take no longer than the whole does."""
+    program = load_program("bench_host")
+    start = time.perf_counter()
+    seconds = program.profiled_seconds(lambda: time.sleep(0.3))
+    assert 0.3 <= seconds <= (time.perf_counter() - start) / program.PROFILED_CALLS
 
 
 def message_for(name: str) -> str:
@@ -114,7 +124,7 @@ def message_for(name: str) -> str:
 @pytest.mark.parametrize("name", ["bf16", "fp8dist:rowwise"])
 def test_another_weight_is_wrong(name: str) -> None:
     (message,) = run_on_ranks(1, message_for, name)
-    assert "SQNR of an unsharded weight is 6.0 dB" in message  # 20 log10(2)
+    assert "SQNR of the unsharded weight is 6.0 dB" in message  # 20 log10(2)
 
 
 @pytest.mark.parametrize("name", ["torchao:tensorwise", "fp8dist:rowwise-ag"])

@@ -123,6 +123,8 @@ def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
             ):
                 comm = type(group._reduce_scatter_comm).__name__
                 made[name] = (len(group.fsdp_params), comm.removesuffix("ReduceScatter"))
+                if name in SPLIT.keys() - GROUPS.keys():
+                    made[f"{name} is resharded"] = group.post_forward_mesh_info is not None
         if training.offload is not None:
             training.logits()
             made["away"] = sum(saved.on_host.nbytes for saved in training.offload._away)
@@ -136,6 +138,10 @@ TWO = ["attention.wq", "feed_forward.w3"]
 ALL_OF_ATTENTION = [f"attention.w{x}" for x in "qkvo"]
 GROUPS = {"": (3, "Default"), "layers.0": (9, "Default")}
 SPLIT = {"tok_embeddings": 1, "layers.0": 9, "norm": 2, "output": 2}  # these two are one group
+RESHARDED = {
+    f"{name} is resharded": name == "tok_embeddings"  # backward begins with the others
+    for name in ("tok_embeddings", "norm", "output")
+}
 
 
 @pytest.mark.parametrize(
@@ -145,8 +151,12 @@ SPLIT = {"tok_embeddings": 1, "layers.0": 9, "norm": 2, "output": 2}  # these tw
         ("bf16+recompute", "", GROUPS | {"again": ALL_OF_ATTENTION}),
         ("bf16+recompute", f"--recompute {' '.join(TWO)}", GROUPS | {"again": TWO}),
         ("bf16", "--in-place", {name: (n, "InPlace") for name, (n, _) in GROUPS.items()}),
-        ("bf16", "--split-root", {name: (n, "Default") for name, n in SPLIT.items()}),
-        ("bf16", "--split-root --in-place", {name: (n, "InPlace") for name, n in SPLIT.items()}),
+        ("bf16", "--split-root", RESHARDED | {name: (n, "Default") for name, n in SPLIT.items()}),
+        (
+            "bf16",
+            "--split-root --in-place",
+            RESHARDED | {name: (n, "InPlace") for name, n in SPLIT.items()},
+        ),
         ("fp8dist:rowwise", "", GROUPS | {"cached": True}),
         ("fp8dist:rowwise-cache", "", GROUPS | {"cached": False}),
         (

@@ -17,6 +17,7 @@ OF_WEIGHTS = {"fill_amaxes_kernel", "cast_kernel", "cast_rows_kernel", "pack_ker
 def launches(recipe: str) -> tuple[Counter[str], Counter[str]]:
     """Kernels for weights that precompute launches, and that two microbatches do after it."""
     model = float8_model(mesh_of(1), recipe, layers=3)
+    assert sum(isinstance(layer, fp8dist.Float8Linear) for layer in model.modules()) == 21
     fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
     found = []
     with launched() as names:
