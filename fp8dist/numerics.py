@@ -253,21 +253,25 @@ class PackPart(NamedTuple):
         block: (1, s): so many elements of a row share a scale.
         float8_dtype: of the elements.
         out: (m, n + n / s), uint8, rows contiguous: of each row the elements, then the scales.
+        not_finite: (1,), float32: becomes Inf if x has a NaN or Inf, and is else left as it is.
     """
 
     x: torch.Tensor
     block: Block
     float8_dtype: torch.dtype
     out: torch.Tensor
+    not_finite: torch.Tensor
 
 
 def pack_into(parts: Sequence[PackPart]) -> None:
     """Cast matrices, and write the scales after each row; see [Note: e8m0]."""
-    for x, block, float8_dtype, out in parts:
+    for x, block, float8_dtype, out, not_finite in parts:
         scaled = quantize(x, block, float8_dtype, "e8m0")
         elements, scales = out.split([x.size(1), x.size(1) // block[1]], dim=1)
         elements.copy_(scaled.data.view(torch.uint8))
-        scales.copy_(scale_to_exponent(scaled.scale))
+        exponents = scale_to_exponent(scaled.scale)
+        scales.copy_(exponents)
+        not_finite.masked_fill_((exponents >= 254).any(), torch.inf)  # an amax of Inf, or NaN
 
 
 def _local_scale(part: CastPart) -> torch.Tensor:

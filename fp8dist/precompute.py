@@ -1,241 +1,203 @@
-"""amaxes -> one all-reduce -> scales -> payloads, on plain tensors.
-
-All of it is done at every step, for every weight of a model: what follows from a `Shard` alone is
-computed once, and what is the same for all weights in one go.
-"""
+"""amaxes -> one all-reduce -> scales -> payloads, on plain tensors; see [Note: made ready]."""
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fp8dist import kernels, numerics
-from fp8dist.config import ROW, WHOLE, Block, Recipe
+from fp8dist.config import Block
 from fp8dist.numerics import AmaxPart, CastPart, PackPart
+from fp8dist.shard import Shard, Size
 
-Size = tuple[int, int]
+# [Note: made ready]
+# All of this is done at every step, for every weight of a model, of which there may be thousands;
+# and shards, scales and payloads stay where they are from step to step. So what follows from where
+# they are (the table of a launch, which part of a buffer belongs to which weight) is found out when
+# a pass is made. Running it takes as many calls for a thousand weights as for one, and for what is
+# copied to each weight a list. Who keeps a pass asks whether it `is_for` these before running it
+# again.
 
-# [Note: experts]
-# The (E, R, C) weights of experts are handled as one (E * R, C) matrix, whose rows have scales as
-# those of any other. A shard has all rows of some experts, or some columns of all, or some rows of
-# each, which lie apart then.
 
+class _Pass:
+    """Made ready for shards, with what is read or written for each of them; it keeps all of it."""
 
-@dataclass(frozen=True)
-class Shard:
-    """A rank's shard of a weight, or of the part of one that tensor parallelism leaves to it.
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        scales: Sequence[list[torch.Tensor]],
+        payloads: Sequence[torch.Tensor | None],
+        device: torch.device,
+    ) -> None:
+        self.shards, self.scales, self.payloads = list(shards), list(scales), list(payloads)
+        self.device = device
+        self._place = self._place_now()
 
-    Args:
-        data: (n, K) or (N, k), high precision; may be empty.
-        size: (N, K) of what is gathered: the weight, or the part of it.
-        start: the row and column of that at which the shard begins.
-        largest: the size of the largest shard, rank 0's.
-        recipe: the weight's recipe.
-        world: how many ranks it is sharded over; the last may have nothing.
-        weight_size: the size of the weight, if that is more than `size`.
-        part_start: the row and column of the weight at which the part begins; like `size`, where
-            that is less, a multiple of the recipe's blocks.
-        experts: for the weights of experts, which lie one below the other in all of the above, the
-            rows of each, and how many of those the shard has; see [Note: experts].
-    """
-
-    data: torch.Tensor
-    size: Size
-    start: Size
-    largest: Size
-    recipe: Recipe
-    world: int = 1
-    weight_size: Size | None = None
-    part_start: Size = (0, 0)
-    experts: Size | None = None
+    def _place_now(self) -> tuple[Any, ...]:
+        """What may change while tensors are the same: the current stream, see `kernels.Prepared`,
+        and where a storage lies that was freed and taken again.
+        """
+        if isinstance(self.shards[0].data, FakeTensor):
+            return ()
+        on_cpu = self.device.type == "cpu"
+        stream = None if on_cpu else torch.accelerator.current_stream(self.device)
+        payloads = [payload.data_ptr() for payload in self.payloads if payload is not None]
+        return stream, payloads, [shard.data.data_ptr() for shard in self.shards]
 
     @property
-    def whole(self) -> Size:
-        """The size of the weight."""
-        return self.weight_size or self.size
+    def is_small(self) -> bool:
+        """Whether to keep it takes little memory: it has no buffer of scales of 32 elements."""
+        return not any(shard.exchanges_words for shard in self.shards)
 
-    @property
-    def some_are_empty(self) -> bool:
-        """Whether the last rank's shard has no elements."""
-        sizes = zip(self.largest, self.size, strict=True)
-        return any(most < extent <= most * (self.world - 1) for most, extent in sizes)
-
-    @cached_property
-    def packed(self) -> bool:
-        """Whether the scales travel in the payload, each row's after its elements.
-
-        So do e8m0 scales where the payload may have a size of its own: FSDP2 wants that of the
-        largest shard where a shard is short, and puts columns, or rows of each expert, together
-        itself.
-        """
-        even_rows = self.size == (self.largest[0] * self.world, self.largest[1])
-        even_rows = even_rows and (self.experts is None or self.experts[0] == self.experts[1])
-        return self.recipe.scale_format == "e8m0" and even_rows
-
-    @cached_property
-    def cast_by_rows(self) -> bool:
-        """Whether its payload may be cast in the pass that finds amaxes: by the scales of rows that
-        are in the shard whole, and in no other, unless they are exchanged with copies of them.
-        """
-        columns = self.data.size(1)
-        in_kernel = columns <= kernels.WIDEST_ROWS
-        return self.recipe.weight == ROW and columns == self.whole[1] and in_kernel
-
-    @cached_property
-    def reduced_blocks(self) -> list[Block]:
-        """The blocks whose amaxes are exchanged between ranks.
-
-        Blocks for which the backward operand is scaled are among them, as what arrives cannot
-        tell the amaxes of the high-precision weight; not those of experts, see [Note: rows that are
-        contracted] in `grouped_numerics`. In e8m0 there is one scale per 32 elements,
-        too many to send two sets of: there the backward operand is scaled by what arrived, and
-        what is exchanged, unless it is packed, are exponents.
-        """
-        recipe = self.recipe
-        if recipe.scale_format == "e8m0":
-            return []
-        if self.experts is not None or recipe.weight == recipe.weight_for_grad_input:
-            return [recipe.weight]
-        return [recipe.weight, recipe.weight_for_grad_input]
-
-    @cached_property
-    def amax_sizes(self) -> list[Size]:
-        """How many amaxes the weight has, along each dimension, for each of `reduced_blocks`."""
-        return [scales_size(self.whole, block) for block in self.reduced_blocks]
-
-    @cached_property
-    def exponent_words(self) -> tuple[int, int, int]:
-        """Rows, chunks of columns and words in which the e8m0 scales are exchanged.
-
-        A word of four scales belongs to one rank: a row's chunk, the columns of one rank, begins
-        a new one.
-        """
-        if self.recipe.scale_format != "e8m0" or self.packed:
-            return 0, 0, 0
-        scales = self.largest[1] // self.recipe.weight[1]
-        return self.whole[0], self.whole[1] // self.largest[1], -(-scales // 4)
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Rows that lie together in the shard and in the weight: (the first of them in data, in the
-        weight, how many).
-        """
-        if self.experts is None or self.experts[0] == self.experts[1]:
-            return [(0, self.start[0], self.data.size(0))]
-        rows, count = self.experts
-        first, row = divmod(self.start[0], rows)
-        return [
-            (i * count, (first + i) * rows + row, count) for i in range(self.data.size(0) // count)
-        ]
-
-    def of_part(self, per_block: torch.Tensor, block: Block) -> torch.Tensor:
-        """What belongs to the part, a view, of a tensor with an element per block of the weight."""
-        if self.size == self.whole:
-            return per_block
-        for dim, side in enumerate(block):
-            if side != WHOLE:
-                start, extent = self.part_start[dim] // side, self.size[dim] // side
-                per_block = per_block.narrow(dim, start, extent)
-        return per_block
+    def is_for(
+        self,
+        shards: Sequence[Shard],
+        scales: Sequence[list[torch.Tensor] | None],
+        payloads: Sequence[torch.Tensor | None],
+        device: torch.device,
+    ) -> bool:
+        """Whether it is for these, the same objects, and they are where they were."""
+        return (
+            _are(shards, self.shards)
+            and _are(scales, self.scales)
+            and _are(payloads, self.payloads)
+            and self.device == device
+            and self._place == self._place_now()
+        )
 
 
-def scales_size(size: Size, block: Block) -> Size:
-    """How many blocks a tensor of `size` has along each dimension."""
-    rows, columns = (
-        1 if side == WHOLE else extent // side
-        for extent, side in ((size[0], block[0]), (size[1], block[1]))
-    )
-    return rows, columns
+def _are(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
-def compute_scales(
-    shards: Sequence[Shard],
-    groups: Sequence[dist.ProcessGroup],
-    device: torch.device,
-    payloads: Sequence[torch.Tensor | None] | None = None,
-) -> tuple[list[list[tuple[torch.Tensor, ...]]], torch.Tensor, list[int]]:
-    """The scales of all weights, with one all-reduce.
+class ScalePass(_Pass):
+    """Computes the scales of all weights, with one all-reduce.
 
     Args:
-        groups: the ranks that together hold the weights; one group, or where there is none of
-            all of them, the groups along each mesh dimension, at an all-reduce each.
-        device: where the collective runs.
-        payloads: to cast in the pass that finds amaxes, as `cast_payloads` does: for shards that
-            are `cast_by_rows`, if `groups` have no other copy of the weight; or None.
+        scales: for each shard, to be written to: its `shard.empty_scales`.
+        payloads: for each shard, to be cast in the pass that finds amaxes, as `CastPass` does, if
+            it is `cast_by_rows` and no rank that takes part has a copy of it; or None.
+        device: where scales are and the collective runs.
 
-    Returns:
-        scales: for each weight, per `reduced_blocks` the reciprocals and the scales, float32,
-            of `scales_size` of what is gathered, views of two buffers; or (exponents,), uint8,
-            (N, K / 32); nothing if it is packed.
-        amaxes: 1-D, float32: all amaxes of the full weights.
+    Attributes:
+        amaxes: 1-D, float32: all amaxes of the full weights, once it has run.
         ends: for each weight, where its amaxes end in `amaxes`.
     """
-    regions = [(shard, block) for shard in shards for block in shard.reduced_blocks]
-    sizes = [size for shard in shards for size in shard.amax_sizes]
-    amax_count = sum(rows * columns for rows, columns in sizes)
-    word_sizes = [shard.exponent_words for shard in shards]
-    word_counts = [math.prod(size) for size in word_sizes]
-    flat = torch.zeros(amax_count + sum(word_counts), dtype=torch.float32, device=device)
-    amaxes, words = flat.split([amax_count, sum(word_counts)])
-    all_words = [
-        part.view(size)
-        for part, size in zip(words.view(torch.int32).split(word_counts), word_sizes, strict=True)
-    ]
-    parts = [part.view(size) for part, size in zip(_split(amaxes, sizes), sizes, strict=True)]
-    _fill_amaxes(shards, parts, payloads or [None] * len(shards))
-    for shard, shard_words in zip(shards, all_words, strict=True):
-        if shard_words.numel() > 0:
-            _fill_exponents(shard, shard_words)
-    if flat.numel() > 0:
-        for group in groups:
-            all_reduce_amaxes(flat, group)
-    scales = iter(_scales(amaxes, regions, sizes))
-    by_weight: list[list[tuple[torch.Tensor, ...]]] = [
-        [(_exponents(shard, shard_words),)]
-        if shard_words.numel() > 0
-        else [next(scales) for _ in shard.reduced_blocks]
-        for shard, shard_words in zip(shards, all_words, strict=True)
-    ]
-    counts = [sum(rows * columns for rows, columns in shard.amax_sizes) for shard in shards]
-    return by_weight, amaxes, list(accumulate(counts))
 
-
-def _split(flat: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
-    return list(flat.split([rows * columns for rows, columns in sizes]))
-
-
-def _fill_amaxes(
-    shards: Sequence[Shard],
-    amaxes: list[torch.Tensor],
-    payloads: Sequence[torch.Tensor | None],
-) -> None:
-    parts: list[AmaxPart] = []
-    copies, i = [], 0
-    for shard, payload in zip(shards, payloads, strict=True):
-        blocks = shard.reduced_blocks
-        of_weight, i = amaxes[i : i + len(blocks)], i + len(blocks)
-        if shard.data.numel() == 0 or not blocks:
-            continue
-        mine = [shard.of_part(*of_block) for of_block in zip(of_weight, blocks, strict=True)]
-        targets = mine
-        if shard.size != shard.whole or shard.data.device != mine[0].device:
-            # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard is
-            # on the CPU and the buffer is not.
-            targets = [amax.to(shard.data.device).contiguous() for amax in mine]
-            copies += [pair for pair in zip(mine, targets, strict=True) if pair[0] is not pair[1]]
-        own = [
-            AmaxPart(shard.data[first : first + count], (row, shard.start[1]), blocks, targets)
-            for first, row, count in shard.spans
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        scales: Sequence[list[torch.Tensor]],
+        payloads: Sequence[torch.Tensor | None],
+        device: torch.device,
+    ) -> None:
+        super().__init__(shards, scales, payloads, device)
+        counts = [sum(rows * columns for rows, columns in shard.amax_sizes) for shard in shards]
+        self.ends = list(accumulate(counts))
+        word_sizes = [shard.exponent_words for shard in shards]
+        word_counts = [math.prod(size) for size in word_sizes]
+        self._flat = torch.empty(sum(counts) + sum(word_counts), device=device)
+        self.amaxes, words = self._flat.split([sum(counts), sum(word_counts)])
+        all_words = words.view(torch.int32).split(word_counts)
+        self._words = [
+            (shard, part.view(size), mine[0].data[0])
+            for shard, part, size, mine in zip(shards, all_words, word_sizes, scales, strict=True)
+            if shard.exchanges_words
         ]
-        parts += own if payload is None else _to_be_cast(own, shard, payload)
-    kernels.fill_amaxes(parts)
-    for amax, filled in copies:
-        amax.copy_(filled)
+        regions = [
+            (shard, block, size)
+            for shard in shards
+            for block, size in zip(shard.reduced_blocks, shard.amax_sizes, strict=True)
+        ]
+        self._counts = [rows * columns for _, _, (rows, columns) in regions]
+        # Computed in one go: the scales of regions, one after the other, that have one format.
+        self._formats = [
+            (recipe, sum(rows * columns for _, _, (rows, columns) in of_recipe))
+            for recipe, of_recipe in groupby(regions, lambda region: region[0].recipe)
+        ]
+        # Copied as they are, and flat: those of weights that are not cut.
+        self._cut = [
+            (i, region) for i, region in enumerate(regions) if region[0].size != region[0].whole
+        ]
+        # `data`: what an earlier forward saved for backward is not used any more.
+        pairs = [
+            target.data if shard.size != shard.whole else target.data.flatten(1)
+            for shard, mine in zip(shards, scales, strict=True)
+            for target in mine[: len(shard.reduced_blocks)]
+        ]
+        self._targets = [pair[i] for i in (0, 1) for pair in pairs]
+        self._fill, self._staged = self._ready_to_fill(regions)
+
+    def _ready_to_fill(
+        self, regions: Sequence[tuple[Shard, Block, Size]]
+    ) -> tuple[kernels.Prepared, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """What writes the shards' amaxes, and what of them is to be copied from elsewhere."""
+        amaxes = [
+            shard.of_part(part.view(size), block)
+            for part, (shard, block, size) in zip(self._split(self.amaxes), regions, strict=True)
+        ]
+        parts: list[AmaxPart] = []
+        staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        i = 0
+        for shard, payload in zip(self.shards, self.payloads, strict=True):
+            blocks = shard.reduced_blocks
+            mine, i = amaxes[i : i + len(blocks)], i + len(blocks)
+            if shard.data.numel() == 0 or not blocks:
+                continue
+            targets = mine
+            if shard.size != shard.whole or shard.data.device != self.device:
+                # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard
+                # is on the CPU and the buffer is not.
+                targets = [torch.empty(amax.shape, device=shard.data.device) for amax in mine]
+                staged += zip(mine, targets, strict=True)
+            own = [
+                AmaxPart(shard.data[first : first + count], (row, shard.start[1]), blocks, targets)
+                for first, row, count in shard.spans
+            ]
+            parts += own if payload is None else _to_be_cast(own, shard, payload)
+        return kernels.prepare_fill_amaxes(parts), staged
+
+    def _split(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+        return flat.split(self._counts) if self._counts else ()
+
+    def run(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """
+        Args:
+            groups: the ranks that together hold the weights; one group, or where there is none of
+                all of them, the groups along each mesh dimension, at an all-reduce each.
+        """
+        self._flat.zero_()
+        for _, filled in self._staged:
+            filled.zero_()
+        self._fill()
+        for amax, filled in self._staged:
+            amax.copy_(filled)
+        for shard, words, _ in self._words:
+            _fill_exponents(shard, words)
+        if self._flat.numel() > 0:
+            for group in groups:
+                all_reduce_amaxes(self._flat, group)
+        for shard, words, exponents in self._words:
+            exponents.copy_(_exponents(shard, words))
+        if not self._counts:
+            return
+        parts = self.amaxes.split([count for _, count in self._formats])
+        found = [
+            numerics.amax_to_scale(part, recipe.weight_dtype, recipe.scale_format)
+            for part, (recipe, _) in zip(parts, self._formats, strict=True)
+        ]
+        scale = found[0] if len(found) == 1 else torch.cat(found)
+        scales = [list(self._split(each)) for each in (scale.reciprocal(), scale)]
+        for i, (shard, block, size) in self._cut:
+            for each in scales:
+                each[i] = shard.of_part(each[i].view(size), block)
+        torch._foreach_copy_(self._targets, sum(scales, []))
 
 
 def _to_be_cast(parts: list[AmaxPart], shard: Shard, payload: torch.Tensor) -> Iterator[AmaxPart]:
@@ -287,57 +249,59 @@ def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
         dist.all_reduce(amaxes.view(torch.int32), op=dist.ReduceOp.MAX, group=group)
 
 
-def _scales(
-    flat: torch.Tensor, regions: list[tuple[Shard, Block]], sizes: list[Size]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Amaxes as reciprocals and scales: in one go where all weights have one format."""
-    formats = {(shard.recipe.weight_dtype, shard.recipe.scale_format) for shard, _ in regions}
-    if len(formats) == 1:
-        ((dtype, scale_format),) = formats
-        scale = numerics.amax_to_scale(flat, dtype, scale_format)
-    else:
-        scale = torch.empty_like(flat)
-        for out, amax, (shard, _) in zip(
-            _split(scale, sizes), _split(flat, sizes), regions, strict=True
-        ):
-            recipe = shard.recipe
-            out.copy_(numerics.amax_to_scale(amax, recipe.weight_dtype, recipe.scale_format))
-    pairs = zip(_split(scale.reciprocal(), sizes), _split(scale, sizes), strict=True)
-    return [
-        (shard.of_part(inverse.view(size), block), shard.of_part(part.view(size), block))
-        for (inverse, part), size, (shard, block) in zip(pairs, sizes, regions, strict=True)
-    ]
-
-
-def payload_columns(shard: Shard) -> int:
-    """Bytes of a payload's row: an element each and, packed, a scale for every 32 of them."""
-    columns = shard.data.size(1)
-    return columns + columns // shard.recipe.weight[1] if shard.packed else columns
-
-
-def cast_payloads(
-    shards: Sequence[Shard],
-    scales: Sequence[torch.Tensor | None],
-    payloads: Sequence[torch.Tensor],
-) -> None:
-    """Cast shards into the bytes that their rank contributes to the all-gathers.
+class CastPass(_Pass):
+    """Casts shards into the bytes that their rank contributes to the all-gathers.
 
     Args:
-        scales: float32, the scales of all of what is gathered; None if a shard is packed.
-        payloads: (padded n, `payload_columns`), uint8; rows from n on are left as they are.
+        scales: for each shard, as `ScalePass` writes them; nothing if it is packed.
+        payloads: for each shard, (padded n, `shard.payload_columns`), uint8; rows from n on are
+            left as they are.
+
+    Attributes:
+        not_finite: (how many are packed,), float32, once it has run: Inf for a shard with a NaN or
+            Inf, else 0.
     """
-    parts, packed = [], []
-    for shard, scale, payload in zip(shards, scales, payloads, strict=True):
-        if shard.data.numel() == 0:
-            continue
-        rows, recipe = payload[: shard.data.size(0)], shard.recipe
-        if scale is None:
-            packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, rows))
-        else:
-            out = rows.view(recipe.weight_dtype)
-            for first, row, count in shard.spans:
-                here = slice(first, first + count)
-                start = (row, shard.start[1])
-                parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
-    kernels.cast_into(parts)
-    kernels.pack_into(packed)
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        scales: Sequence[list[torch.Tensor]],
+        payloads: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(shards, scales, payloads, shards[0].data.device)
+        self.not_finite = torch.empty(sum(shard.packed for shard in shards), device=self.device)
+        not_finite = iter(self.not_finite.split(1))
+        self._converted: list[tuple[torch.Tensor, torch.Tensor]] = []
+        parts, packed = [], []
+        for shard, mine, payload in zip(shards, scales, payloads, strict=True):
+            rows, recipe = payload[: shard.data.size(0)], shard.recipe
+            if shard.packed:
+                of_shard = recipe.weight, recipe.weight_dtype, rows, next(not_finite)
+                packed.append(PackPart(shard.data, *of_shard))
+            elif shard.data.numel() > 0:
+                scale, out = (
+                    self._scale_for(shard, mine[0].data[-1]),
+                    rows.view(recipe.weight_dtype),
+                )
+                for first, row, count in shard.spans:
+                    here = slice(first, first + count)
+                    start = (row, shard.start[1])
+                    parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
+        self._cast = kernels.prepare_cast_into(parts)
+        self._pack = kernels.prepare_pack_into(packed)
+
+    def _scale_for(self, shard: Shard, scale: torch.Tensor) -> torch.Tensor:
+        """The scales, float32, on the shard's device, if need be written at each run."""
+        if scale.dtype == torch.float32 and scale.device == shard.data.device:
+            return scale
+        converted = torch.empty(scale.shape, device=shard.data.device)
+        self._converted.append((converted, scale))
+        return converted
+
+    def run(self) -> None:
+        for converted, scale in self._converted:
+            e8m0 = scale.dtype == torch.uint8
+            converted.copy_(numerics.exponent_to_scale(scale) if e8m0 else scale)
+        self.not_finite.zero_()
+        self._cast()
+        self._pack()

@@ -1,8 +1,9 @@
 """Twins of `fp8dist.numerics` that run where the tensor is, on a GPU as Triton kernels."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -125,8 +126,21 @@ def _divided(
     return divided
 
 
-def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
-    """See `numerics.fill_amaxes`."""
+class Prepared(NamedTuple):
+    """What a function does to parts, as often as it is called: while their tensors stay where they
+    are, on the stream on which it was made.
+    """
+
+    parts: Sequence[Any]
+    calls: Sequence[Callable[[], None]]
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def prepare_fill_amaxes(parts: Sequence[AmaxPart]) -> Prepared:
+    """`fill_amaxes`, without looking at the parts again."""
 
     def in_kernel(part: AmaxPart) -> bool:
         # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
@@ -143,14 +157,16 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         )
 
     for_kernel, others = _divided(parts, in_kernel)
+    calls: list[Callable[[], None]] = []
     if for_kernel:
-        weight_launch.fill_amaxes([part for part in for_kernel if part.out is None])
-        weight_launch.cast_rows([(part, part.out) for part in for_kernel if part.out is not None])
-    numerics.fill_amaxes(others)
+        cast = [(part, part.out) for part in for_kernel if part.out is not None]
+        calls += weight_launch.fill_amaxes([part for part in for_kernel if part.out is None])
+        calls += weight_launch.cast_rows(cast)
+    return Prepared(parts, [*calls, functools.partial(numerics.fill_amaxes, others)])
 
 
-def cast_into(parts: Sequence[CastPart]) -> None:
-    """See `numerics.cast_into`."""
+def prepare_cast_into(parts: Sequence[CastPart]) -> Prepared:
+    """`cast_into`, without looking at the parts again."""
 
     def in_kernel(part: CastPart) -> bool:
         # Where a shard of columns begins within a block, the kernel's tiles are not its blocks.
@@ -159,14 +175,27 @@ def cast_into(parts: Sequence[CastPart]) -> None:
         return _in_rows(part.x) and at_block
 
     for_kernel, others = _divided(parts, in_kernel)
-    if for_kernel:
-        weight_launch.cast_into(for_kernel)
-    numerics.cast_into(others)
+    calls = list(weight_launch.cast_into(for_kernel)) if for_kernel else []
+    return Prepared(parts, [*calls, functools.partial(numerics.cast_into, others)])
+
+
+def prepare_pack_into(parts: Sequence[PackPart]) -> Prepared:
+    """`pack_into`, without looking at the parts again."""
+    for_kernel, others = _divided(parts, lambda part: _in_rows(part.x))
+    calls = list(weight_launch.pack_into(for_kernel)) if for_kernel else []
+    return Prepared(parts, [*calls, functools.partial(numerics.pack_into, others)])
+
+
+def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+    """See `numerics.fill_amaxes`."""
+    prepare_fill_amaxes(parts)()
+
+
+def cast_into(parts: Sequence[CastPart]) -> None:
+    """See `numerics.cast_into`."""
+    prepare_cast_into(parts)()
 
 
 def pack_into(parts: Sequence[PackPart]) -> None:
     """See `numerics.pack_into`."""
-    for_kernel, others = _divided(parts, lambda part: _in_rows(part.x))
-    if for_kernel:
-        weight_launch.pack_into(for_kernel)
-    numerics.pack_into(others)
+    prepare_pack_into(parts)()

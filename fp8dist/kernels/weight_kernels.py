@@ -185,6 +185,7 @@ def cast_kernel(
 def pack_kernel(
     x_ptr,
     out_ptr,
+    not_finite_ptr,
     table_ptr,
     matrix_ptr,
     ALIGNED: tl.constexpr,
@@ -194,10 +195,11 @@ def pack_kernel(
     BN: tl.constexpr,
 ):
     """Cast matrices by e8m0 scales of 1 x BLOCK, which are written after each row of what they are
-    cast to; see [Note: many matrices in one launch].
+    cast to; see [Note: many matrices in one launch]. Of one with a NaN or Inf `not_finite` becomes
+    the bits of Inf.
     """
     pid = tl.program_id(0)
-    entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 8
+    entry = table_ptr + tl.load(matrix_ptr + pid).to(tl.int64) * 9
     M, N, stride, _, first, x_at = _matrix(entry, ALIGNED)
     out_at, out_stride = tl.load(entry + 6), tl.load(entry + 7)
     if ALIGNED:
@@ -220,3 +222,7 @@ def pack_kernel(
     bytes_ptr = out_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
     wanted = row_mask[:, None] & (blocks < N // BLOCK)[None, :]
     tl.store(bytes_ptr + out_rows + N + blocks[None, :], exponents, mask=wanted)
+    bad = exponents >= 254  # an amax of Inf, or NaN
+    not_finite = not_finite_ptr + tl.load(entry + 8) + tl.zeros_like(bad.to(tl.int32))
+    # Not their maximum: the warps need not wait for each other.
+    tl.atomic_max(not_finite, 0x7F800000, mask=bad, sem="relaxed")

@@ -1,9 +1,9 @@
-"""The Triton kernels for weights, launched: each function is the twin of one in `fp8dist.numerics`
-and gives the same bytes.
+"""The Triton kernels for weights, ready to be launched: what each function gives does what its twin
+in `fp8dist.numerics` does, and gives the same bytes.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,10 @@ _PACK_TILE = (16, 512, 4)
 
 _ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
 _MULTIPROCESSORS = 128  # about as many as there are
+
+# To be called as often as wanted, while the tensors stay where they are, on the stream on which it
+# was made: the table of [Note: many matrices in one launch] is.
+Launch = Callable[[], None]
 
 
 def _rows_tile(bn: int, size: int) -> tuple[int, int, int]:
@@ -49,7 +53,7 @@ def _entry(part: AmaxPart, base: AmaxPart, blocks: Sequence[Block]) -> tuple[int
     return *x.shape, x.stride(0), row_start, _place(x, base.x), *places.values()
 
 
-def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
+def fill_amaxes(parts: Sequence[AmaxPart]) -> Iterator[Launch]:
     """Twin of `numerics.fill_amaxes` for parts that are not to be cast: one launch for all that are
     alike in dtype and blocks.
     """
@@ -64,7 +68,8 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
             heights = tuple(height for height in heights if height <= 128)
         stream = _stream(x_base)
         table, matrices, height = _table(tuple(entries), heights, bn, stream, ENOUGH_PROGRAMS)
-        launch_kernel(
+        yield functools.partial(
+            launch_kernel,
             kernels.fill_amaxes_kernel,
             (matrices.size(0), 1, 1),
             (x_base, out_base.view(torch.int32), table, matrices),
@@ -82,7 +87,7 @@ def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
         )
 
 
-def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
+def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> Iterator[Launch]:
     """Twin of `numerics.fill_amaxes` for parts, beside them their `out`, of at most `WIDEST_ROWS`
     columns: one launch for all that are alike in dtype and blocks, and as wide up to a factor of 2.
     """
@@ -107,7 +112,8 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
             # As many as run at once: more, of fewer rows, raise amaxes of columns more often.
             enough = _MULTIPROCESSORS * max(1, _ELEMENTS_AT_ONCE // (bm * bn))
         table, matrices, height = _table(entries, heights, bn, _stream(base.x), enough)
-        launch_kernel(
+        yield functools.partial(
+            launch_kernel,
             kernels.cast_rows_kernel,
             (matrices.size(0), 1, 1),
             (base.x, base.amaxes[0].view(torch.int32), out_base, table, matrices),
@@ -126,7 +132,7 @@ def cast_rows(parts: Sequence[tuple[AmaxPart, torch.Tensor]]) -> None:
         )
 
 
-def cast_into(parts: Sequence[CastPart]) -> None:
+def cast_into(parts: Sequence[CastPart]) -> Iterator[Launch]:
     """Twin of `numerics.cast_into`: one launch for all parts alike in dtype and block."""
     for alike in _alike(
         parts, lambda part: (part.x.device, part.x.dtype, part.out.dtype, part.block)
@@ -146,7 +152,8 @@ def cast_into(parts: Sequence[CastPart]) -> None:
         aligned = all(
             e[1] % 16 == e[2] % 16 == e[4] % 16 == e[7] % 16 == e[8] % 16 == 0 for e in entries
         )
-        launch_kernel(
+        yield functools.partial(
+            launch_kernel,
             kernels.cast_kernel,
             (matrices.size(0), 1, 1),
             (x_base, scale_base, out_base, table, matrices),
@@ -156,22 +163,24 @@ def cast_into(parts: Sequence[CastPart]) -> None:
         )
 
 
-def pack_into(parts: Sequence[PackPart]) -> None:
+def pack_into(parts: Sequence[PackPart]) -> Iterator[Launch]:
     """Twin of `numerics.pack_into`: one launch for all parts alike in dtype and block."""
     for alike in _alike(
         parts, lambda part: (part.x.device, part.x.dtype, part.float8_dtype, part.block)
     ):
-        x_base, block, float8_dtype, out_base = alike[0]
+        x_base, block, float8_dtype, out_base, not_finite_base = alike[0]
         bm, bn, warps = _PACK_TILE
-        entries = tuple(
-            (*x.shape, x.stride(0), 0, _place(x, x_base), _place(out, out_base), out.stride(0))
-            for x, _, _, out in alike
-        )
-        table, matrices, _ = _table(entries, (bm,), bn, _stream(x_base), 1)
-        launch_kernel(
+        entries = []
+        for x, _, _, out, not_finite in alike:
+            entry = (*x.shape, x.stride(0), 0, _place(x, x_base), _place(out, out_base))
+            entries.append((*entry, out.stride(0), _place(not_finite, not_finite_base)))
+        table, matrices, _ = _table(tuple(entries), (bm,), bn, _stream(x_base), 1)
+        bits = not_finite_base.view(torch.int32)
+        yield functools.partial(
+            launch_kernel,
             kernels.pack_kernel,
             (matrices.size(0), 1, 1),
-            (x_base, out_base.view(float8_dtype), table, matrices),
+            (x_base, out_base.view(float8_dtype), bits, table, matrices),
             (),
             (
                 all(e[i] % 16 == 0 for e in entries for i in (1, 2, 4, 5, 6)),

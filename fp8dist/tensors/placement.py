@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from fp8dist import precompute
 from fp8dist.config import Recipe
-from fp8dist.precompute import Size
+from fp8dist.shard import Shard, Size
 
 # [Note: parts]
 # Tensor parallelism cuts a weight into parts, of rows (colwise) or of columns (rowwise), and FSDP2
@@ -81,9 +80,7 @@ def check_part(fqn: str, size: Size, dim: int, ranks: int, recipe: Recipe) -> No
         )
 
 
-def shard_of(
-    param: DTensor, recipe: Recipe, gathered: bool = True, fqn: str = ""
-) -> precompute.Shard:
+def shard_of(param: DTensor, recipe: Recipe, gathered: bool = True, fqn: str = "") -> Shard:
     """A parameter's shard on this rank, and where it lies in the weight; see [Note: parts].
 
     Args:
@@ -111,7 +108,7 @@ def shard_of(
         start = _with(start, dim, min(mesh.get_local_rank(cut.fsdp) * extent, part[dim]))
     _check_columns(part, largest[1], recipe, fqn)
     data = param._local_tensor._tensor  # type: ignore[attr-defined]  # a Float8ShardedWeight
-    return precompute.Shard(data, part, start, largest, recipe, world, whole, part_start)
+    return Shard(data, part, start, largest, recipe, world, whole, part_start)
 
 
 def _check_columns(size: Sequence[int], columns: int, recipe: Recipe, fqn: str) -> None:
@@ -123,8 +120,8 @@ def _check_columns(size: Sequence[int], columns: int, recipe: Recipe, fqn: str) 
         )
 
 
-def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) -> precompute.Shard:
-    """`shard_of` a weight (E, R, C), see [Note: experts] in `precompute`."""
+def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) -> Shard:
+    """`shard_of` a weight (E, R, C), see [Note: experts] in `shard`."""
     cut, mesh = cut_of(param, gathered, fqn), param.device_mesh
     if cut.fsdp is None or cut.tp is not None:
         raise ValueError(
@@ -144,7 +141,7 @@ def _shard_of_experts(param: DTensor, recipe: Recipe, gathered: bool, fqn: str) 
     experts, rows, columns = local
     _check_columns(param.shape, columns, recipe, fqn)
     of_expert = param.shape[1]
-    return precompute.Shard(
+    return Shard(
         as_matrix(param._local_tensor._tensor),  # type: ignore[attr-defined]  # a Float8ShardedWeight
         matrix_size(param.shape),
         (first * of_expert, 0) if dim == 0 else _with((0, 0), dim - 1, first),

@@ -32,9 +32,10 @@ aten = torch.ops.aten
 
 def weights_of(module: nn.Module) -> Iterator[tuple[WeightState, torch.Tensor]]:
     """The float8 weights of a module itself: of a `Float8Linear`, or of experts."""
-    if (state := getattr(module, "weight_state", None)) is not None:
+    own = vars(module)  # where a module has not what is asked for, `getattr` takes long to say so
+    if (state := own.get("weight_state")) is not None:
         yield state, module.weight  # type: ignore[misc]  # may be a submodule, to mypy
-    for name, state in getattr(module, "expert_states", {}).items():
+    for name, state in own.get("expert_states", {}).items():
         yield state, getattr(module, name)
 
 

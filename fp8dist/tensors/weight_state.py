@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fp8dist import numerics, precompute
 from fp8dist.config import Float8Config
+from fp8dist.precompute import CastPass, ScalePass
+from fp8dist.shard import Shard, empty_scales, payload_columns
 from fp8dist.tensors.edits import Seen, local_shard
 from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight
 from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
@@ -52,24 +53,29 @@ class WeightState:
         # (1, ...), e8m0, uint8.
         self.scales: list[torch.Tensor] | None = None
         # Of which parameter and, last, of which plain tensor in it; see `shard_now`.
-        self.shard: tuple[DTensor, precompute.Shard, torch.Tensor] | None = None
+        self.shard: tuple[DTensor, Shard, torch.Tensor] | None = None
         self.groups: Groups = ()  # who hold the weight together, set with `shard`
+        self.ranks = 1  # in these
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
         self.cast_by_rows = False  # whether it would be in the pass that found the amaxes
         self.moving: torch.Event | None = None  # the payload's last move from host memory
+        # Of all weights of which it is the first: the last ones, and whether they were finite.
+        self.scale_pass: ScalePass | None = None
+        self.cast_pass: CastPass | None = None
         self.finite: _Finite | None = None
 
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
 
-    def shard_now(self, param: DTensor) -> precompute.Shard:
+    def shard_now(self, param: DTensor) -> Shard:
         """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""
         data = local_shard(param)._tensor
         if self.shard is None or self.shard[0] is not param or self.shard[2] is not data:
             gathered = self.gathered is not False
             self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn), data
             self.groups = groups_of(param, cut_of(param, gathered, self.fqn))
+            self.ranks = _size(self.groups)
         return self.shard[1]
 
     def set_gathered(self, gathered: bool) -> None:
@@ -148,39 +154,31 @@ def update_scales(
     """Compute the scales of parameters that one group holds together: one all-reduce for all.
 
     Args:
-        groups: as `precompute.compute_scales` takes them, if not those of the first parameter.
+        groups: as `ScalePass.run` takes them, if not those of the first parameter.
 
     Raises:
         ValueError: on all ranks: a parameter was made in inference mode.
     """
-    for state, param in zip(states, params, strict=True):
-        if param.is_inference():
-            raise ValueError(
-                f"{state.fqn} was made inside torch.inference_mode, where edits of it cannot be "
-                "noticed: build the model, and load it, outside, or under torch.no_grad()"
-            )
     shards = [state.shard_now(param) for state, param in zip(states, params, strict=True)]
     if groups is None:
         groups = known_groups(states[0].groups)
     device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
         device = torch.device(params[0].device_mesh.device_type)
-    payloads = []
     ranks = _size(groups)
     for state, shard in zip(states, shards, strict=True):
         state.payload_is_current = False
         # Where more ranks take part than hold the weight once, there are copies of it, which may
         # differ: all are cast by the amaxes of all then, which are not there yet.
-        state.cast_by_rows = shard.cast_by_rows and ranks == _size(state.groups)
-        now = state.cast_by_rows and state.config.cache_payload
-        payloads.append(_payload_for(state, shard) if now else None)
-    scales, amaxes, ends = precompute.compute_scales(shards, groups, device, payloads)
-    _take_scales(states, scales)
-    for state, param, payload in zip(states, params, payloads, strict=True):
+        state.cast_by_rows = shard.cast_by_rows and ranks == state.ranks
+    scale_pass = _scale_pass(states, params, shards, device)
+    _wait_for_moves(states)
+    scale_pass.run(groups)
+    for state, param, payload in zip(states, params, scale_pass.payloads, strict=True):
         state.seen, state.taken = Seen.now(param), False
         if payload is not None:
             state.payload, state.payload_is_current = payload, True
-    _report_non_finite(states, amaxes, ends)
+    _report_non_finite(states, scale_pass.amaxes, scale_pass.ends)
 
 
 def _size(groups: Groups) -> int:
@@ -188,25 +186,35 @@ def _size(groups: Groups) -> int:
     return math.prod(group.size() for group in groups)
 
 
-def _take_scales(states: list[WeightState], scales: list[list[tuple[torch.Tensor, ...]]]) -> None:
-    """Copy what `precompute.compute_scales` gives for each weight to the weight's own storage."""
-    by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for state, new in zip(states, scales, strict=True):
-        if state.scales is None or any(
-            mine.device != of_block[0].device
-            for mine, of_block in zip(state.scales, new, strict=True)
-        ):
-            state.scales = [
-                of_block[0].new_empty(len(of_block), *of_block[0].shape) for of_block in new
-            ]
-        for mine, of_block in zip(state.scales, new, strict=True):
-            targets, sources = by_dtype.setdefault(mine.dtype, ([], []))
-            targets += mine.unbind()
-            sources += of_block
-    for targets, sources in by_dtype.values():
-        # What an earlier forward saved for backward is not used any more.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(targets)):
-            torch._foreach_copy_(targets, sources)
+def _is_on(x: torch.Tensor, device: torch.device) -> bool:
+    return x.device.type == device.type and device.index in (None, x.device.index)
+
+
+def _scale_pass(
+    states: list[WeightState], params: list[DTensor], shards: list[Shard], device: torch.device
+) -> ScalePass:
+    """The last one if that is for these weights, or another."""
+    cast = [state.cast_by_rows and state.config.cache_payload for state in states]
+    payloads = [state.payload if now else None for state, now in zip(states, cast, strict=True)]
+    last, states[0].scale_pass = states[0].scale_pass, None
+    if last is None or not last.is_for(shards, [s.scales for s in states], payloads, device):
+        last = None  # its buffers are freed
+        for state, param in zip(states, params, strict=True):
+            if param.is_inference():
+                raise ValueError(
+                    f"{state.fqn} was made inside torch.inference_mode, where edits of it cannot "
+                    "be noticed: build the model, and load it, outside, or under torch.no_grad()"
+                )
+        scales = []
+        for i, (state, shard) in enumerate(zip(states, shards, strict=True)):
+            if state.scales is None or not all(_is_on(mine, device) for mine in state.scales):
+                state.scales = empty_scales(shard, device)
+            scales.append(state.scales)
+            payloads[i] = _payload_for(state, shard) if cast[i] else None
+        last = ScalePass(shards, scales, payloads, device)
+    if last.is_small:
+        states[0].scale_pass = last
+    return last
 
 
 _warned_stale = False
@@ -238,41 +246,62 @@ def make_current(state: WeightState, param: DTensor) -> None:
         state.seen = Seen.now(param)
 
 
-def _payload_for(state: WeightState, shard: precompute.Shard) -> torch.Tensor:
+def _payload_for(state: WeightState, shard: Shard) -> torch.Tensor:
     """The payload that a state keeps, to be written to, or another where that does not fit."""
-    size, device = (shard.largest[0], precompute.payload_columns(shard)), shard.data.device
+    size, device = (shard.largest[0], payload_columns(shard)), shard.data.device
     payload = state.payload
     if payload is None or payload.shape != size or payload.device != device:
         pinned = shard.data.is_pinned()
         return torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-    if state.moving is not None:
-        state.moving.synchronize()
     return payload
 
 
+def _wait_for_moves(states: list[WeightState]) -> None:
+    """Until payloads that are on their way from host memory may be written to."""
+    for state in states:
+        if state.moving is not None:
+            state.moving.synchronize()
+
+
 @torch.inference_mode(False)
-def cast_payloads(states: list[WeightState], shards: list[precompute.Shard]) -> list[torch.Tensor]:
+def cast_payloads(states: list[WeightState], shards: list[Shard]) -> list[torch.Tensor]:
     """Cast the payloads of shards, into those that their states keep if they do."""
-    payloads, scales = [], []
-    for state, shard in zip(states, shards, strict=True):
-        if state.scales is None:
-            raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
-        payloads.append(_payload_for(state, shard))
-        scale = state.scales[0][-1] if state.scales else None
-        if scale is not None and scale.dtype == torch.uint8:
-            scale = numerics.exponent_to_scale(scale)
-        scales.append(None if scale is None else scale.to(shard.data.device))
-    precompute.cast_payloads(shards, scales, payloads)
-    exponents = []
-    for state, shard, payload in zip(states, shards, payloads, strict=True):
-        if shard.packed:
-            exponents.append((state, payload[:, shard.data.size(1) :]))
-        elif shard.recipe.scale_format == "e8m0" and state.scales:
-            exponents.append((state, state.scales[0]))
+    if not states:
+        return []
+    cast_pass = _cast_pass(states, shards)
+    _wait_for_moves(states)
+    cast_pass.run()
+    payloads = []
+    for state, payload in zip(states, cast_pass.payloads, strict=True):
+        if payload is None:
+            raise AssertionError(f"{state.fqn}: cast to nowhere")
+        payloads.append(payload)
         if state.config.cache_payload:
             state.payload, state.payload_is_current = payload, True
-    _report_bad_exponents([pair for pair in exponents if pair[1].numel() > 0])
+    if cast_pass.not_finite.numel() > 0:
+        packed = [state for state, shard in zip(states, shards, strict=True) if shard.packed]
+        _report_non_finite(packed, cast_pass.not_finite, list(range(1, len(packed) + 1)))
+    _report_bad_exponents(states)
     return payloads
+
+
+def _cast_pass(states: list[WeightState], shards: list[Shard]) -> CastPass:
+    """The last one if that is for these shards, or another."""
+    scales = [state.scales for state in states]
+    payloads = [state.payload for state in states]
+    last, states[0].cast_pass = states[0].cast_pass, None
+    if last is None or not last.is_for(shards, scales, payloads, shards[0].data.device):
+        last = None
+        known = []
+        for state in states:
+            if state.scales is None:
+                raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
+            known.append(state.scales)
+        to = [_payload_for(state, shard) for state, shard in zip(states, shards, strict=True)]
+        last = CastPass(shards, known, to)
+    if last.is_small and all(state.config.cache_payload for state in states):
+        states[0].cast_pass = last
+    return last
 
 
 @torch.inference_mode(False)
@@ -354,11 +383,13 @@ def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: li
         logger.warning("%s has a NaN or Inf in its weight; training goes on with it", fqn)
 
 
-def _report_bad_exponents(found: list[tuple[WeightState, torch.Tensor]]) -> None:
-    """As `_report_non_finite`, from e8m0 scales: 255 is NaN and 254 an amax of Inf.
-
-    Packed, these are the shard's own: the ranks that hold the bad elements report them.
-    """
+def _report_bad_exponents(states: list[WeightState]) -> None:
+    """As `_report_non_finite`, from exchanged exponents: 255 is NaN and 254 an amax of Inf."""
+    found = [
+        (state, state.scales[0])
+        for state in states
+        if state.scales and state.scales[0].dtype == torch.uint8
+    ]
     if found and not _reported_non_finite:
         largest = torch.stack([exponents.max() for _, exponents in found])
         amaxes = torch.where(largest >= 254, torch.inf, 0.0)

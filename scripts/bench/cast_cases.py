@@ -10,7 +10,7 @@ from harness import DEVICE, check_same_bytes
 from fp8dist import kernels, numerics
 from fp8dist.config import COLUMN, RECIPES, ROW, TENSOR, Block, Recipe, ScaleFormat
 from fp8dist.numerics import AmaxPart, CastPart, PackPart, Scaled
-from fp8dist.precompute import scales_size
+from fp8dist.shard import scales_size
 
 BLOCK_NAMES = {TENSOR: "tensor", ROW: "row", COLUMN: "column"}
 DTYPE_NAMES = {
@@ -189,7 +189,8 @@ def pack_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
         size = matrices[0].size(0), columns + columns // block[1]
         outs = [x.new_empty(size, dtype=torch.uint8) for x in matrices]
         of_matrices = zip(matrices, outs, strict=True)
-        return [PackPart(x, block, work.float8_dtype, out) for x, out in of_matrices]
+        not_finite = torch.zeros(1, device=DEVICE)
+        return [PackPart(x, block, work.float8_dtype, out, not_finite) for x, out in of_matrices]
 
     return case_into("pack_into", parts, sum(x.nbytes for x in matrices))
 

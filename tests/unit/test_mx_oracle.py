@@ -50,7 +50,7 @@ def test_each_row_of_what_is_packed_ends_with_its_exponents() -> None:
     x = tensor_of(61, 96, torch.float32)
     their_exponent, their_data = to_mx(x, E4M3, 32, scaling_mode=RCEIL)
     out = torch.full((64, 99), 77, dtype=torch.uint8)
-    numerics.pack_into([numerics.PackPart(x, (1, 32), E4M3, out[:61])])
+    numerics.pack_into([numerics.PackPart(x, (1, 32), E4M3, out[:61], torch.zeros(1))])
     assert torch.equal(out[:61], torch.cat([bytes_of(their_data), bytes_of(their_exponent)], 1))
     assert out[61:].eq(77).all()
 

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch.distributed as dist
 from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale
 
-from fp8dist import kernels, numerics, precompute
+from fp8dist import numerics, precompute
 from fp8dist.config import RECIPES, Recipe
-from fp8dist.precompute import Shard
+from fp8dist.precompute import CastPass, ScalePass
+from fp8dist.shard import Shard, empty_scales, payload_columns
 
 CPU = torch.device("cpu")
 TENSORWISE = RECIPES["tensorwise"]
@@ -75,9 +77,24 @@ def test_a_group_of_one_communicates_nothing(peer: dict[str, Any]) -> None:
     assert amaxes[0] == 1
 
 
-def compute(shards: list[Shard]) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
-    """As `precompute.compute_scales`, without the reciprocals, which are checked here."""
-    scales, amaxes, ends = precompute.compute_scales(shards, [Group(1)], CPU)
+def run_pass(
+    shards: list[Shard],
+    groups: list[Any],
+    payloads: list[torch.Tensor | None] | None = None,
+    device: torch.device = CPU,
+) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
+    """The scales, the amaxes, and where those of each weight end."""
+    scales = [empty_scales(shard, device) for shard in shards]
+    scale_pass = ScalePass(shards, scales, payloads or [None] * len(shards), device)
+    scale_pass.run(groups)
+    return scales, scale_pass.amaxes, scale_pass.ends
+
+
+def compute(
+    shards: list[Shard], device: torch.device = CPU
+) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
+    """As `run_pass`, without the reciprocals, which are checked here."""
+    scales, amaxes, ends = run_pass(shards, [Group(1)], device=device)
     for inverse, scale in sum(scales, []):
         torch.testing.assert_close(inverse, 1 / scale, rtol=0, atol=0, equal_nan=True)
     return [[scale for _, scale in of_weight] for of_weight in scales], amaxes, ends
@@ -170,7 +187,7 @@ def test_recipes_of_several_scale_formats_share_one_pass() -> None:
 def test_one_all_reduce_for_all_weights(peer: dict[str, Any]) -> None:
     weights = [hp_weight(seed=i) for i in range(3)]
     peer["amaxes"] = torch.tensor([100.0, 0.0, 200.0])
-    scales, amaxes, _ = precompute.compute_scales([whole(w) for w in weights], [Group(2)], CPU)
+    scales, amaxes, _ = run_pass([whole(w) for w in weights], [Group(2)])
     assert peer["calls"] == 1
     assert amaxes.tolist() == [100.0, weights[1].abs().max().item(), 200.0]
     assert scales[0][0][1].item() == torch.tensor(448 / 100.0).item()
@@ -182,12 +199,9 @@ def test_scales_on_a_gpu_are_those_on_the_cpu() -> None:
     weights[1][0, 3] = math.nan
     for recipe in (TENSORWISE, RECIPES["rowwise"]):
         on_cpu = compute([whole(weight, recipe) for weight in weights])
-        on_gpu = precompute.compute_scales(
-            [whole(weight.cuda(), recipe) for weight in weights], [Group(1)], torch.device("cuda")
-        )
+        on_gpu = compute([whole(w.cuda(), recipe) for w in weights], torch.device("cuda"))
         torch.testing.assert_close(on_gpu[1].cpu(), on_cpu[1], rtol=0, atol=0, equal_nan=True)
-        for (inverse, gpu), cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):
-            torch.testing.assert_close(inverse.cpu(), 1 / cpu, rtol=0, atol=0, equal_nan=True)
+        for gpu, cpu in zip(sum(on_gpu[0], []), sum(on_cpu[0], []), strict=True):
             torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=0, equal_nan=True)
 
 
@@ -200,40 +214,19 @@ def test_cast_payloads_fills_the_rows_of_the_shard_and_no_others(
     weight, recipe = hp_weight().to(dtype), RECIPES[name]
     scale = torch.rand(N if name == "rowwise" else 1, 1) * 100
     shard = part(weight, rows, recipe)
-    assert precompute.payload_columns(shard) == K
+    assert payload_columns(shard) == K
     payload = torch.full((6, K), 77, dtype=torch.uint8)
-    precompute.cast_payloads([shard], [scale], [payload])
+    CastPass([shard], [[torch.stack([1 / scale, scale])]], [payload]).run()
     scaled = (weight.float() * scale)[rows].clamp(-448, 448)
     count = rows.stop - rows.start
     assert torch.equal(payload[:count], scaled.to(torch.float8_e4m3fn).view(torch.uint8))
     assert payload[count:].eq(77).all()
 
 
-def test_rows_too_wide_for_the_kernel_are_cast_afterwards() -> None:
-    widths = kernels.WIDEST_ROWS, kernels.WIDEST_ROWS + 16
-    shards = [whole(torch.zeros(2, width), RECIPES["rowwise"]) for width in widths]
-    assert [shard.cast_by_rows for shard in shards] == [True, False]
-
-
 def test_rows_that_are_cut_are_not_cast_by_their_own_scales() -> None:
     shard = Shard(hp_weight()[:, :16], (N, K), (0, 0), (N, 16), RECIPES["rowwise"], world=4)
     with pytest.raises(AssertionError, match=r"rows of a shard of \(48, 64\) are cut"):
-        precompute.compute_scales([shard], [], CPU, [torch.zeros(N, 16, dtype=torch.uint8)])
-
-
-@pytest.mark.parametrize(
-    "rows, largest, world, packed",
-    [(32, 16, 2, True), (32, 32, 1, True), (32, 11, 3, False), (32, 4, 9, False), (32, 4, 8, True)],
-)
-def test_scales_are_packed_where_every_rank_has_a_full_shard(
-    rows: int, largest: int, world: int, packed: bool
-) -> None:
-    """32 rows on 9 ranks are 8 full shards of 4 and an empty one."""
-    size = (rows, 64)
-    recipe = RECIPES["mxfp8_rceil"]
-    shard = Shard(torch.zeros(largest, 64), size, (0, 0), (largest, 64), recipe, world)
-    assert shard.packed is packed
-    assert (shard.exponent_words == (0, 0, 0)) is packed
+        run_pass([shard], [], [torch.zeros(N, 16, dtype=torch.uint8)])
 
 
 # --- parts of a weight
@@ -279,13 +272,13 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(precompute, "all_reduce_amaxes", lambda flat, _: sent.append(flat.clone()))
     for shards in ranks:
-        precompute.compute_scales(shards, [Group(2)], CPU)
+        run_pass(shards, [Group(2)])
     assert len(sent) in (0, len(ranks))
     if sent:
         largest = torch.stack(sent).view(torch.int32).amax(0).view(torch.float32)
         monkeypatch.setattr(precompute, "all_reduce_amaxes", lambda flat, _: flat.copy_(largest))
     for shards in ranks:
-        (scales, _), _, _ = precompute.compute_scales(shards, [Group(2)], CPU)
+        (scales, _), _, _ = run_pass(shards, [Group(2)])
         shard = shards[0]
         rows, columns = (
             slice(start, start + extent)
@@ -305,13 +298,8 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
             scale = numerics.exponent_to_scale(found[-1]) if e8m0 else found[-1]
             repeated = numerics.repeat_blocks(scale, torch.Size(shard.size)).expand(shard.size)
             assert torch.equal(repeated, of_part[block])
-        payload = torch.zeros(
-            shard.largest[0], precompute.payload_columns(shard), dtype=torch.uint8
-        )
-        own = None
-        if not shard.packed:
-            own = numerics.exponent_to_scale(scales[0][-1]) if e8m0 else scales[0][-1]
-        precompute.cast_payloads([shard], [own], [payload])
+        payload = torch.zeros(shard.largest[0], payload_columns(shard), dtype=torch.uint8)
+        CastPass([shard], [scales], [payload]).run()
         mine = tuple(
             slice(start, start + extent)
             for start, extent in zip(shard.start, shard.data.shape, strict=True)
@@ -323,5 +311,97 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
         assert shard.cast_by_rows == (has_rows and recipe.weight == (1, -1))
         if shard.cast_by_rows:
             again = torch.zeros_like(payload)
-            precompute.compute_scales(shards, [Group(2)], CPU, [again, None])
+            run_pass(shards, [Group(2)], [again, None])
             assert torch.equal(again, payload)
+
+
+# --- passes that are kept
+
+
+def passes_for(shards: list[Shard]) -> tuple[ScalePass, CastPass]:
+    """By rows shards are cast in the first pass, the others in the second."""
+    payloads = [
+        torch.zeros(shard.largest[0], payload_columns(shard), dtype=torch.uint8) for shard in shards
+    ]
+    scales = [empty_scales(shard, CPU) for shard in shards]
+    in_pass = [p if s.cast_by_rows else None for s, p in zip(shards, payloads, strict=True)]
+    scale_pass = ScalePass(shards, scales, in_pass, CPU)
+    rest = [i for i, payload in enumerate(in_pass) if payload is None]
+    of_rest = ([of_each[i] for i in rest] for of_each in (shards, scales, payloads))
+    return scale_pass, CastPass(*of_rest) if rest else mock.Mock(payloads=[])
+
+
+def found_by(scale_pass: ScalePass, cast_pass: CastPass) -> list[torch.Tensor]:
+    scale_pass.run([Group(1)])
+    cast_pass.run()
+    payloads = [p for p in (*scale_pass.payloads, *cast_pass.payloads) if p is not None]
+    return [*sum(scale_pass.scales, []), *payloads, scale_pass.amaxes]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("fsdp", "tp"), [((1, 0), (1, 0)), ((2, 0), (1, 0)), ((3, 0), (2, 0)), ((2, 1), (2, 1))]
+)
+def test_what_runs_again_takes_the_weights_as_they_are_then(
+    name: str, fsdp: tuple[int, int], tp: tuple[int, int]
+) -> None:
+    """Smaller ones, of which nothing larger may be left; the last rank's shard."""
+    weight, other = hp_weight(256, 512), hp_weight()
+    shards = [grid(weight, RECIPES[name], fsdp, tp)[-1], whole(other, TENSORWISE)]
+    kept = passes_for(shards)
+    before = [x.clone() for x in found_by(*kept)]
+    weight.copy_(hp_weight(256, 512, seed=1) / 1000)
+    other.copy_(hp_weight(seed=1) / 1000)
+    again = found_by(*kept)
+    anew = found_by(*passes_for(shards))
+    assert len(again) == len(anew) > 0
+    for old, found, expected in zip(before, again, anew, strict=True):
+        assert torch.equal(found, expected) and not torch.equal(found, old)
+
+
+def test_a_pass_is_for_the_same_tensors_in_the_same_place() -> None:
+    weights = [hp_weight(seed=i) for i in range(2)]
+    shards = [whole(weight, RECIPES["rowwise"]) for weight in weights]
+    scales = [empty_scales(shard, CPU) for shard in shards]
+    payloads = [torch.zeros(N, K, dtype=torch.uint8) for _ in shards]
+    scale_pass = ScalePass(shards, scales, payloads, CPU)
+
+    def is_still(**others: Any) -> bool:
+        mine = {"shards": shards, "scales": scales, "payloads": payloads, "device": CPU}
+        return scale_pass.is_for(**{**mine, **others})
+
+    assert is_still() and is_still(shards=list(shards))
+    assert not is_still(shards=shards[:1], scales=scales[:1], payloads=payloads[:1])
+    assert not is_still(shards=[shards[0], whole(weights[1], RECIPES["rowwise"])])
+    assert not is_still(scales=[scales[0], list(scales[1])])
+    assert not is_still(scales=[scales[0], None])
+    assert not is_still(payloads=[payloads[0], payloads[1].clone()])
+    assert not is_still(payloads=[payloads[0], None])
+    assert not is_still(device=torch.device("meta"))
+    for moved in (shards[1].data, payloads[1]):
+        place = moved.untyped_storage()
+        moved.set_(moved.clone())
+        assert not is_still()
+        moved.set_(place, 0, moved.shape, moved.stride())
+        assert is_still()
+
+
+@pytest.mark.parametrize("name, small", [("rowwise", True), ("mxfp8_rceil", False)])
+def test_a_buffer_of_exponents_is_not_small(name: str, small: bool) -> None:
+    shard = grid(hp_weight(), RECIPES[name], (5, 0), (1, 0))[0]
+    assert passes_for([shard])[0].is_small is small
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_packed_shard_tells_whether_it_is_finite(bad: float) -> None:
+    weights = [hp_weight(seed=i) for i in range(3)]
+    shards = [whole(weight, RECIPES["mxfp8_rceil"]) for weight in weights]
+    payloads = [torch.zeros(N, payload_columns(shard), dtype=torch.uint8) for shard in shards]
+    cast_pass = CastPass(shards, [[], [], []], payloads)
+    for i, j in ((1, 40), (2, 0)):
+        cast_pass.run()
+        assert cast_pass.not_finite.tolist() == [0, 0, 0]
+        kept, weights[i][7, j] = weights[i][7, j].item(), bad
+        cast_pass.run()
+        assert cast_pass.not_finite.tolist() == [math.inf if k == i else 0 for k in range(3)]
+        weights[i][7, j] = kept

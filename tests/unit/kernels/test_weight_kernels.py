@@ -6,7 +6,7 @@ import torch
 from fp8dist import kernels, numerics
 from fp8dist.config import COLUMN, ROW, TENSOR
 from fp8dist.numerics import AmaxPart, PackPart
-from fp8dist.precompute import scales_size
+from fp8dist.shard import scales_size
 from tests.unit.kernels.contents import CONTENTS, assert_same_bytes, make
 from tests.unit.kernels.launched import launched
 
@@ -19,6 +19,7 @@ from fp8dist.kernels import weight_launch  # noqa: E402  # where there is Triton
 pytestmark = pytest.mark.gpu
 
 
+E4M3 = torch.float8_e4m3fn
 ROW_BLOCKS = [[ROW], [ROW, COLUMN], [ROW, TENSOR], [COLUMN, TENSOR, ROW]]
 
 
@@ -97,12 +98,16 @@ def test_matrices_are_packed_with_their_scales(content, dtype):
                 flat = torch.full(((rows + 3) * width + offset,), 0x55, dtype=torch.uint8).cuda()
                 payload = flat[offset:].view(-1, width)
                 payloads[kind].append(payload)
-                of_kind.append(PackPart(x, (1, 32), torch.float8_e4m3fn, payload[:rows]))
+                not_finite = torch.zeros(1).cuda()
+                of_kind.append(PackPart(x, (1, 32), E4M3, payload[:rows], not_finite))
         with launched() as names:
             kernels.pack_into(parts["got"])
         assert names == ["pack_kernel"]
         numerics.pack_into(parts["want"])
         for got, want, part in zip(payloads["got"], payloads["want"], parts["got"], strict=True):
             both = [x.tensor_split([part.x.size(1)], 1) for x in (got, want)]
-            for a, b, kind in zip(*both, (torch.float8_e4m3fn, torch.uint8), strict=True):
+            for a, b, kind in zip(*both, (E4M3, torch.uint8), strict=True):
                 assert_same_bytes(a.contiguous().view(kind), b.contiguous().view(kind))
+        for got, want in zip(parts["got"], parts["want"], strict=True):
+            assert_same_bytes(got.not_finite, want.not_finite)
+            assert want.not_finite.isinf().item() is not want.x.isfinite().all().item()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fp8dist import kernels, numerics
-from fp8dist.numerics import AmaxPart, CastPart
+from fp8dist.numerics import AmaxPart, CastPart, PackPart
 from tests.unit.kernels.contents import CONTENTS, SHAPES, assert_same_bytes, make
+from tests.unit.kernels.launched import launched
 
 pytest.importorskip("triton", reason="needs Triton")
 if not torch.backends.cuda.is_built():
@@ -106,3 +107,38 @@ def test_fill_amaxes_keeps_larger_ones():
     kernels.fill_amaxes([AmaxPart(x, (0, 0), blocks, amaxes)])
     assert amaxes[0].item() == 1e6
     assert_same_bytes(amaxes[1], x.abs().amax(1, keepdim=True))
+
+
+def test_what_is_ready_does_the_same_again_with_what_is_there_then():
+    """Each kernel, on tensors that were written to since it was made ready."""
+    x = make((256, 256), "wide", torch.float32)
+    amaxes, scale = torch.zeros(256, 1).cuda(), torch.ones(1, 1).cuda()
+    rows, data = (torch.empty(256, 256).cuda().to(torch.float8_e4m3fn) for _ in range(2))
+    packed, not_finite = torch.empty(256, 264, dtype=torch.uint8).cuda(), torch.zeros(1).cuda()
+    of_rows = AmaxPart(x, (0, 0), [(1, -1)], [amaxes], rows, "power_of_2")
+    columns = AmaxPart(x, (0, 0), [(-1, 1)], [torch.zeros(1, 256).cuda()])
+    cast = CastPart(x, (0, 0), (-1, -1), scale, data)
+    pack = PackPart(x, (1, 32), torch.float8_e4m3fn, packed, not_finite)
+    ready = [
+        kernels.prepare_fill_amaxes([of_rows, columns]),
+        kernels.prepare_cast_into([cast]),
+        kernels.prepare_pack_into([pack]),
+    ]
+    for content, factor in (("wide", 1.0), ("normal", 0.5), ("nan", 2.0)):
+        x.copy_(make((256, 256), content, torch.float32))
+        scale.fill_(factor)
+        written = [amaxes, *columns.amaxes, not_finite, rows, data, packed]
+        for each in written[:3]:
+            each.zero_()
+        with launched() as names:
+            for call in ready:
+                call()
+        assert names == ["fill_amaxes_kernel", "cast_rows_kernel", "cast_kernel", "pack_kernel"]
+        got = [each.clone() for each in written]
+        for each in written[:3]:
+            each.zero_()
+        numerics.fill_amaxes([of_rows, columns])
+        numerics.cast_into([cast])
+        numerics.pack_into([pack])
+        for a, b in zip(got, written, strict=True):
+            assert_same_bytes(a, b)

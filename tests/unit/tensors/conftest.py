@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fp8dist.precompute import ScalePass
 from fp8dist.tensors import weight_state
 
 
@@ -20,11 +21,11 @@ def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each pass over the shards has covered."""
     calls: list[int] = []
-    compute_scales = weight_state.precompute.compute_scales
+    run = ScalePass.run
 
-    def counting(shards: list[Any], *args: Any) -> Any:
-        calls.append(len(shards))
-        return compute_scales(shards, *args)
+    def counting(scale_pass: ScalePass, *args: Any) -> None:
+        calls.append(len(scale_pass.shards))
+        run(scale_pass, *args)
 
-    monkeypatch.setattr(weight_state.precompute, "compute_scales", counting)
+    monkeypatch.setattr(ScalePass, "run", counting)
     return calls

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard
 
 import fp8dist
 from fp8dist import Float8Config
+from fp8dist.precompute import CastPass
 from fp8dist.tensors import weight_state
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_state import WeightState, update_scales
@@ -37,13 +38,13 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the shards that were cast."""
     shapes: list[tuple[int, ...]] = []
-    cast_payloads = weight_state.precompute.cast_payloads
+    run = CastPass.run
 
-    def counting(shards: list[Any], *args: Any) -> None:
-        shapes.extend(tuple(shard.data.shape) for shard in shards)
-        cast_payloads(shards, *args)
+    def counting(cast_pass: CastPass) -> None:
+        shapes.extend(tuple(shard.data.shape) for shard in cast_pass.shards)
+        run(cast_pass)
 
-    monkeypatch.setattr(weight_state.precompute, "cast_payloads", counting)
+    monkeypatch.setattr(CastPass, "run", counting)
     return shapes
 
 
@@ -155,7 +156,8 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
         def get_local_rank(self, dim: int) -> int:
             return 4
 
-        def get_group(self, dim: int) -> None: ...
+        def get_group(self, dim: int) -> mock.Mock:
+            return mock.Mock(size=lambda: 5)
 
     class Param:
         shape, placements, device_mesh = torch.Size((N, K)), (Shard(0),), Mesh()

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fp8dist
-from fp8dist import Float8Config, kernels
+from fp8dist import Float8Config
+from fp8dist.precompute import CastPass
 from fp8dist.tensors import weight_state
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.weight_state import WeightState, local_float8
@@ -52,7 +53,7 @@ def test_a_weight_over_tp_is_cast_once_per_step(
     check_value(first, hp_weight())
     monkeypatch.setattr(weight_state, "update_scales", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(WeightState, "shard_now", lambda state, _: state.shard[1])
-    monkeypatch.setattr(kernels, "cast_into", lambda _: pytest.fail("cast again"))
+    monkeypatch.setattr(CastPass, "run", lambda _: pytest.fail("cast again"))
     again = use(layer)
     assert again._data.data_ptr() == first._data.data_ptr()
     assert again._scales is first._scales
