@@ -27,11 +27,13 @@ def _sharded_weights(roots: list[nn.Module]) -> Iterator[Weight]:
     for root in roots:
         for module in root.modules():
             for state, param in weights_of(module):
-                if not is_sharded(param) and state.seen is not None:
+                sharded = is_sharded(param)
+                if not sharded and state.seen is not None:
                     # FSDP2 has the unsharded weight in the module now, which keeps its scales, and
                     # its data, which may be the payload: see [Note: one rank] in `sharded_weight`.
                     param, state.scales, state.payload = state.seen.param, None, None
-                if isinstance(param, DTensor) and is_sharded(param) and state not in seen:
+                    sharded = True
+                if sharded and isinstance(param, DTensor) and state not in seen:
                     seen.add(state)
                     if state.seen is None or state.seen.param is not param:
                         # FSDP2 says so to the compiler; a weight that it ignores is found out

@@ -56,7 +56,7 @@ class Edits:
         return edits is seen
 
 
-@dataclass
+@dataclass(slots=True)
 class Seen:
     """A parameter as it was when its scales were computed."""
 
