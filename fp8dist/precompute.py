@@ -45,8 +45,8 @@ class _Pass:
         """
         if isinstance(self.shards[0].data, FakeTensor):
             return ()
-        on_cpu = self.device.type == "cpu"
-        stream = None if on_cpu else torch.accelerator.current_stream(self.device)
+        has_streams = self.device.type not in ("cpu", "meta")
+        stream = torch.accelerator.current_stream(self.device) if has_streams else None
         payloads = [payload.data_ptr() for payload in self.payloads if payload is not None]
         return stream, payloads, [shard.data.data_ptr() for shard in self.shards]
 

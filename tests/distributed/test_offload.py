@@ -53,9 +53,10 @@ class _Moves(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        moves = func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu"
-        if moves and out.device == ELSEWHERE:
-            self.nbytes += args[0].numel() * args[0].dtype.itemsize
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            moved = args[-1]
+            if moved.device.type == "cpu" and out.device == ELSEWHERE:
+                self.nbytes += moved.numel() * moved.dtype.itemsize
         return out
 
 
