@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from fp8dist.shard import Shard
 from fp8dist.tensors.placement import join
 from fp8dist.tensors.sharded_weight import is_sharded, prepare_groups, weights_of
 from fp8dist.tensors.weight_state import WeightState, cast_payloads, update_scales
@@ -98,13 +99,14 @@ def precompute_float8_dynamic_scale_for_fsdp(
     for group, weights in _by_group(list(_sharded_weights(roots))).items():
         states = [state for state, _ in weights]
         params = [param for _, param in weights]
-        update_scales(states, params, () if group is None else (group,))
-        cached = [
-            (state, state.shard_now(param))
-            for state, param in weights
-            if state.config.cache_payload and not state.payload_is_current
-        ]
-        cast_payloads([state for state, _ in cached], [shard for _, shard in cached])
+        update_scales(states, params, () if group is None else (group,), keep=True)
+        cached: dict[torch.device, list[tuple[WeightState, Shard]]] = {}
+        for state, param in weights:
+            if state.config.cache_payload and not state.payload_is_current:
+                shard = state.shard_now(param)
+                cached.setdefault(shard.data.device, []).append((state, shard))
+        for pairs in cached.values():
+            cast_payloads([state for state, _ in pairs], [shard for _, shard in pairs], keep=True)
 
 
 def register_precompute_hook(

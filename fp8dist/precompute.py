@@ -3,8 +3,9 @@
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
-from typing import Any
+from contextlib import ExitStack
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,17 +13,22 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fp8dist import kernels, numerics
-from fp8dist.config import Block
+from fp8dist.config import Block, ScaleFormat
 from fp8dist.numerics import AmaxPart, CastPart, PackPart
-from fp8dist.shard import Shard, Size
+from fp8dist.shard import Shard, Size, scales_size
 
 # [Note: made ready]
 # All of this is done at every step, for every weight of a model, of which there may be thousands;
 # and shards, scales and payloads stay where they are from step to step. So what follows from where
-# they are (the table of a launch, which part of a buffer belongs to which weight) is found out when
-# a pass is made. Running it takes as many calls for a thousand weights as for one, and for what is
-# copied to each weight a list. Who keeps a pass asks whether it `is_for` these before running it
-# again.
+# they are (the table of a launch, the views of a buffer) is found out once, when a pass is made.
+# Running it takes as many calls for a thousand weights as for one; only exponents that are
+# exchanged as words take some for each weight. A kept pass is run again while it `is_for` what it
+# was made for.
+#
+# Its buffers are as large as the scales of all weights, and nobody needs them between steps: their
+# memory is given back after a run and taken again before the next, as FSDP2 does with what it
+# gathers. Views of a storage stay what they are. Kernels find amaxes, and scales, from where those
+# of the first weight are, so that what is in such a buffer is there for all weights on a device.
 
 
 class _Pass:
@@ -41,19 +47,17 @@ class _Pass:
 
     def _place_now(self) -> tuple[Any, ...]:
         """What may change while tensors are the same: the current stream, see `kernels.Prepared`,
-        and where a storage lies that was freed and taken again.
+        and where their elements lie, in storages that were freed and taken again, or viewed anew.
         """
         if isinstance(self.shards[0].data, FakeTensor):
             return ()
-        has_streams = self.device.type not in ("cpu", "meta")
-        stream = torch.accelerator.current_stream(self.device) if has_streams else None
+        accelerator = torch.accelerator.current_accelerator()
+        stream = None
+        if accelerator is not None and accelerator.type == self.device.type:
+            stream = torch.accelerator.current_stream(self.device)
         payloads = [payload.data_ptr() for payload in self.payloads if payload is not None]
-        return stream, payloads, [shard.data.data_ptr() for shard in self.shards]
-
-    @property
-    def is_small(self) -> bool:
-        """Whether to keep it takes little memory: it has no buffer of scales of 32 elements."""
-        return not any(shard.exchanges_words for shard in self.shards)
+        data = [(shard.data.data_ptr(), shard.data.stride()) for shard in self.shards]
+        return stream, payloads, data
 
     def is_for(
         self,
@@ -62,7 +66,7 @@ class _Pass:
         payloads: Sequence[torch.Tensor | None],
         device: torch.device,
     ) -> bool:
-        """Whether it is for these, the same objects, and they are where they were."""
+        """Whether it was made for these, the same objects, and they are where they were."""
         return (
             _are(shards, self.shards)
             and _are(scales, self.scales)
@@ -76,6 +80,53 @@ def _are(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
+class _Buffer:
+    """Float32 elements, which have memory within `with`; see [Note: made ready].
+
+    Args:
+        sizes: of the `parts` that it consists of, 1-D.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.whole = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        self.parts = self.whole.split(list(sizes))
+        self._resize(0)
+
+    def _resize(self, nbytes: int) -> None:
+        if not isinstance(self.whole, FakeTensor):  # which has none
+            self.whole.untyped_storage().resize_(nbytes)
+
+    def __enter__(self) -> None:
+        self._resize(self.whole.nbytes)
+
+    def __exit__(self, *_: object) -> None:
+        self._resize(0)
+
+
+class _Region(NamedTuple):
+    """The blocks of one kind of a weight, of `reduced_blocks`."""
+
+    shard: Shard
+    block: Block
+
+    @property
+    def size(self) -> Size:
+        return scales_size(self.shard.whole, self.block)
+
+    @property
+    def part_size(self) -> Size:
+        """Of those that what is gathered has."""
+        return scales_size(self.shard.size, self.block)
+
+    @property
+    def is_cut(self) -> bool:
+        return self.shard.size != self.shard.whole
+
+    def part(self, flat: torch.Tensor) -> torch.Tensor:
+        """What belongs to what is gathered, a view, of 1-D with an element per block."""
+        return self.shard.of_part(flat.view(self.size), self.block)
+
+
 class ScalePass(_Pass):
     """Computes the scales of all weights, with one all-reduce.
 
@@ -86,8 +137,7 @@ class ScalePass(_Pass):
         device: where scales are and the collective runs.
 
     Attributes:
-        amaxes: 1-D, float32: all amaxes of the full weights, once it has run.
-        ends: for each weight, where its amaxes end in `amaxes`.
+        ends: for each weight, where its amaxes end in what `run` returns.
     """
 
     def __init__(
@@ -98,106 +148,130 @@ class ScalePass(_Pass):
         device: torch.device,
     ) -> None:
         super().__init__(shards, scales, payloads, device)
-        counts = [sum(rows * columns for rows, columns in shard.amax_sizes) for shard in shards]
-        self.ends = list(accumulate(counts))
-        word_sizes = [shard.exponent_words for shard in shards]
-        word_counts = [math.prod(size) for size in word_sizes]
-        self._flat = torch.empty(sum(counts) + sum(word_counts), device=device)
-        self.amaxes, words = self._flat.split([sum(counts), sum(word_counts)])
-        all_words = words.view(torch.int32).split(word_counts)
-        self._words = [
-            (shard, part.view(size), mine[0].data[0])
-            for shard, part, size, mine in zip(shards, all_words, word_sizes, scales, strict=True)
-            if shard.exchanges_words
+        self.ends = list(accumulate(sum(map(math.prod, shard.amax_sizes)) for shard in shards))
+        regions = [_Region(shard, block) for shard in shards for block in shard.reduced_blocks]
+        counts = [math.prod(region.size) for region in regions]
+        word_counts = [math.prod(shard.exponent_words) for shard in shards]
+        total = sum(counts)
+        buffer = _Buffer([total, sum(word_counts), total, total], device)
+        self._buffers = [buffer, *self._ready_to_fill(regions, buffer, counts)]
+        self._amaxes, words, inverses, found = buffer.parts
+        self._found = inverses, found
+        with buffer:  # without memory there are no views
+            self._reduced = buffer.whole[: total + sum(word_counts)]
+            self._words = words.view(torch.int32)
+            self._words_of = [
+                (shard, part.view(shard.exponent_words), mine[0].data[0])
+                for shard, part, mine in zip(
+                    shards, self._words.split(word_counts), scales, strict=True
+                )
+                if shard.exchanges_words
+            ]
+            # Of weights that are cut, the scales of a part; all others are copied flat.
+            self._sources = [
+                region.part(flat) if region.is_cut else flat
+                for each in self._found
+                for region, flat in zip(regions, each.split(counts), strict=True)
+            ]
+        blocks = zip(shards, scales, strict=True)
+        mine = [each for shard, of in blocks for each in of[: len(shard.reduced_blocks)]]
+        self._targets = [
+            # `data`: what an earlier forward saved for backward is not used any more.
+            target.data[i] if region.is_cut else target.data[i].flatten()
+            for i in (0, 1)
+            for region, target in zip(regions, mine, strict=True)
         ]
-        regions = [
-            (shard, block, size)
-            for shard in shards
-            for block, size in zip(shard.reduced_blocks, shard.amax_sizes, strict=True)
-        ]
-        self._counts = [rows * columns for _, _, (rows, columns) in regions]
-        # Computed in one go: the scales of regions, one after the other, that have one format.
-        self._formats = [
-            (recipe, sum(rows * columns for _, _, (rows, columns) in of_recipe))
-            for recipe, of_recipe in groupby(regions, lambda region: region[0].recipe)
-        ]
-        # Copied as they are, and flat: those of weights that are not cut.
-        self._cut = [
-            (i, region) for i, region in enumerate(regions) if region[0].size != region[0].whole
-        ]
-        # `data`: what an earlier forward saved for backward is not used any more.
-        pairs = [
-            target.data if shard.size != shard.whole else target.data.flatten(1)
-            for shard, mine in zip(shards, scales, strict=True)
-            for target in mine[: len(shard.reduced_blocks)]
-        ]
-        self._targets = [pair[i] for i in (0, 1) for pair in pairs]
-        self._fill, self._staged = self._ready_to_fill(regions)
+        self._formats = _by_format(regions, counts, device)
 
     def _ready_to_fill(
-        self, regions: Sequence[tuple[Shard, Block, Size]]
-    ) -> tuple[kernels.Prepared, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """What writes the shards' amaxes, and what of them is to be copied from elsewhere."""
-        amaxes = [
-            shard.of_part(part.view(size), block)
-            for part, (shard, block, size) in zip(self._split(self.amaxes), regions, strict=True)
-        ]
-        parts: list[AmaxPart] = []
-        staged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        i = 0
-        for shard, payload in zip(self.shards, self.payloads, strict=True):
-            blocks = shard.reduced_blocks
-            mine, i = amaxes[i : i + len(blocks)], i + len(blocks)
-            if shard.data.numel() == 0 or not blocks:
-                continue
-            targets = mine
-            if shard.size != shard.whole or shard.data.device != self.device:
-                # Elsewhere where kernels cannot write to it, and under CPU offload, where the shard
-                # is on the CPU and the buffer is not.
-                targets = [torch.empty(amax.shape, device=shard.data.device) for amax in mine]
-                staged += zip(mine, targets, strict=True)
-            own = [
-                AmaxPart(shard.data[first : first + count], (row, shard.start[1]), blocks, targets)
-                for first, row, count in shard.spans
+        self, regions: Sequence[_Region], buffer: _Buffer, counts: list[int]
+    ) -> list[_Buffer]:
+        """What writes the shards' amaxes, and what they are in before that, if not in `buffer`."""
+        others: dict[torch.device, _Buffer] = {}
+        if any(region.is_cut or region.shard.data.device != self.device for region in regions):
+            # A kernel writes whole rows of amaxes, where the shard is: under CPU offload that is
+            # not where they are reduced. What a device has is in one storage for all, see
+            # [Note: made ready].
+            for device in {region.shard.data.device for region in regions}:
+                sizes = [math.prod(r.part_size) for r in regions if r.shard.data.device == device]
+                others[device] = _Buffer(sizes, device)
+        with ExitStack() as stack:
+            for each in (buffer, *others.values()):
+                stack.enter_context(each)
+            amaxes = [
+                r.part(x) for r, x in zip(regions, buffer.parts[0].split(counts), strict=True)
             ]
-            parts += own if payload is None else _to_be_cast(own, shard, payload)
-        return kernels.prepare_fill_amaxes(parts), staged
+            filled = amaxes
+            if others:
+                left = {device: iter(other.parts) for device, other in others.items()}
+                filled = [next(left[r.shard.data.device]).view(r.part_size) for r in regions]
+            self._copies = (amaxes, filled) if others else ([], [])
+            parts: list[AmaxPart] = []
+            of_weights = iter(filled)
+            for shard, payload in zip(self.shards, self.payloads, strict=True):
+                blocks = shard.reduced_blocks
+                mine = [next(of_weights) for _ in blocks]
+                if shard.data.numel() == 0 or not blocks:
+                    continue
+                own = [
+                    AmaxPart(shard.data[first : first + count], (row, shard.start[1]), blocks, mine)
+                    for first, row, count in shard.spans
+                ]
+                parts += own if payload is None else _to_be_cast(own, shard, payload)
+            self._fill = kernels.prepare_fill_amaxes(parts)
+        return list(others.values())
 
-    def _split(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
-        return flat.split(self._counts) if self._counts else ()
-
-    def run(self, groups: Sequence[dist.ProcessGroup]) -> None:
+    def run(self, groups: Sequence[dist.ProcessGroup]) -> torch.Tensor:
         """
         Args:
             groups: the ranks that together hold the weights; one group, or where there is none of
                 all of them, the groups along each mesh dimension, at an all-reduce each.
+
+        Returns:
+            1-D, float32: all amaxes of the full weights.
         """
-        self._flat.zero_()
-        for _, filled in self._staged:
-            filled.zero_()
-        self._fill()
-        for amax, filled in self._staged:
-            amax.copy_(filled)
-        for shard, words, _ in self._words:
-            _fill_exponents(shard, words)
-        if self._flat.numel() > 0:
-            for group in groups:
-                all_reduce_amaxes(self._flat, group)
-        for shard, words, exponents in self._words:
-            exponents.copy_(_exponents(shard, words))
-        if not self._counts:
-            return
-        parts = self.amaxes.split([count for _, count in self._formats])
-        found = [
-            numerics.amax_to_scale(part, recipe.weight_dtype, recipe.scale_format)
-            for part, (recipe, _) in zip(parts, self._formats, strict=True)
+        with ExitStack() as stack:
+            for buffer in self._buffers:
+                stack.enter_context(buffer)
+                buffer.whole.zero_()
+            self._words.fill_(_FLIP)
+            self._fill()
+            if self._copies[0]:
+                torch._foreach_copy_(*self._copies)
+            for shard, words, _ in self._words_of:
+                _fill_exponents(shard, words)
+            if self._reduced.numel() > 0:
+                for group in groups:
+                    all_reduce_amaxes(self._reduced, group)
+            for shard, words, exponents in self._words_of:
+                exponents.copy_(_exponents(shard, words))
+            if self._targets:
+                inverses, found = self._found
+                for dtype, scale_format, mask in self._formats:
+                    scale = numerics.amax_to_scale(self._amaxes, dtype, scale_format)
+                    found.copy_(scale if mask is None else torch.where(mask, scale, found))
+                torch.reciprocal(found, out=inverses)
+                torch._foreach_copy_(self._targets, self._sources)
+            return self._amaxes.clone()
+
+
+def _by_format(
+    regions: Sequence[_Region], counts: Sequence[int], device: torch.device
+) -> list[tuple[torch.dtype, ScaleFormat, torch.Tensor | None]]:
+    """The ways from amaxes to scales, and for which of all amaxes each is: 1-D, bool; of the first
+    None, as it is for those for which no other is.
+    """
+    recipes = [region.shard.recipe for region in regions]
+    formats = list(dict.fromkeys((r.weight_dtype, r.scale_format) for r in recipes))
+    if len(formats) < 2:
+        return [(*each, None) for each in formats]
+    which = torch.cat(
+        [
+            torch.full((count,), formats.index((r.weight_dtype, r.scale_format)), device=device)
+            for r, count in zip(recipes, counts, strict=True)
         ]
-        scale = found[0] if len(found) == 1 else torch.cat(found)
-        scales = [list(self._split(each)) for each in (scale.reciprocal(), scale)]
-        for i, (shard, block, size) in self._cut:
-            for each in scales:
-                each[i] = shard.of_part(each[i].view(size), block)
-        torch._foreach_copy_(self._targets, sum(scales, []))
+    )
+    return [(*each, which == i if i > 0 else None) for i, each in enumerate(formats)]
 
 
 def _to_be_cast(parts: list[AmaxPart], shard: Shard, payload: torch.Tensor) -> Iterator[AmaxPart]:
@@ -217,8 +291,7 @@ _FLIP = -(2**31)
 
 
 def _fill_exponents(shard: Shard, words: torch.Tensor) -> None:
-    """Write a shard's e8m0 scales into its part of `exponent_words`, int32; the rest is least."""
-    words.fill_(_FLIP)
+    """Write a shard's e8m0 scales into its part of `exponent_words`, int32, all of them least."""
     if shard.data.numel() == 0:
         return
     recipe = shard.recipe
@@ -269,39 +342,55 @@ class CastPass(_Pass):
         payloads: Sequence[torch.Tensor],
     ) -> None:
         super().__init__(shards, scales, payloads, shards[0].data.device)
-        self.not_finite = torch.empty(sum(shard.packed for shard in shards), device=self.device)
-        not_finite = iter(self.not_finite.split(1))
-        self._converted: list[tuple[torch.Tensor, torch.Tensor]] = []
+        packed_count = sum(shard.packed for shard in shards)
+        self.not_finite = torch.empty(packed_count, dtype=torch.float32, device=self.device)
+        own = [
+            None if shard.packed else mine[0] for shard, mine in zip(shards, scales, strict=True)
+        ]
+        # Exponents, and scales on another device, which are converted at each run.
+        given = [x for x in own if x is not None and self._is_converted(x)]
+        self._buffer = _Buffer([x[-1].numel() for x in given], self.device)
+        with self._buffer:
+            views = [
+                view.view(x[-1].shape) for view, x in zip(self._buffer.parts, given, strict=True)
+            ]
+            self._converted = list(zip(views, given, strict=True))
+            self._ready_to_cast(own, iter(views), iter(self.not_finite.split(1)))
+
+    def _is_converted(self, scales: torch.Tensor) -> bool:
+        return scales.dtype == torch.uint8 or scales.device != self.device
+
+    def _ready_to_cast(
+        self,
+        own: Sequence[torch.Tensor | None],
+        converted: Iterator[torch.Tensor],
+        not_finite: Iterator[torch.Tensor],
+    ) -> None:
         parts, packed = [], []
-        for shard, mine, payload in zip(shards, scales, payloads, strict=True):
+        for shard, mine, payload in zip(self.shards, own, self.payloads, strict=True):
+            if payload is None:
+                raise AssertionError(f"a shard of {shard.whole} is cast to nowhere")
             rows, recipe = payload[: shard.data.size(0)], shard.recipe
-            if shard.packed:
-                of_shard = recipe.weight, recipe.weight_dtype, rows, next(not_finite)
-                packed.append(PackPart(shard.data, *of_shard))
-            elif shard.data.numel() > 0:
-                scale, out = (
-                    self._scale_for(shard, mine[0].data[-1]),
-                    rows.view(recipe.weight_dtype),
-                )
-                for first, row, count in shard.spans:
-                    here = slice(first, first + count)
-                    start = (row, shard.start[1])
-                    parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
+            if mine is None:
+                where = rows, next(not_finite)
+                packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, *where))
+                continue
+            scale = next(converted) if self._is_converted(mine) else mine[-1]
+            if shard.data.numel() == 0:
+                continue
+            out = rows.view(recipe.weight_dtype)
+            for first, row, count in shard.spans:
+                here = slice(first, first + count)
+                start = (row, shard.start[1])
+                parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
         self._cast = kernels.prepare_cast_into(parts)
         self._pack = kernels.prepare_pack_into(packed)
 
-    def _scale_for(self, shard: Shard, scale: torch.Tensor) -> torch.Tensor:
-        """The scales, float32, on the shard's device, if need be written at each run."""
-        if scale.dtype == torch.float32 and scale.device == shard.data.device:
-            return scale
-        converted = torch.empty(scale.shape, device=shard.data.device)
-        self._converted.append((converted, scale))
-        return converted
-
     def run(self) -> None:
-        for converted, scale in self._converted:
-            e8m0 = scale.dtype == torch.uint8
-            converted.copy_(numerics.exponent_to_scale(scale) if e8m0 else scale)
-        self.not_finite.zero_()
-        self._cast()
-        self._pack()
+        with self._buffer:
+            for converted, scales in self._converted:
+                e8m0 = scales.dtype == torch.uint8
+                converted.copy_(numerics.exponent_to_scale(scales[-1]) if e8m0 else scales[-1])
+            self.not_finite.zero_()
+            self._cast()
+            self._pack()

@@ -1,6 +1,5 @@
 """What a module keeps about its sharded weight between optimizer steps, and when it is outdated."""
 
-import bisect
 import logging
 import math
 import weakref
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -17,6 +15,7 @@ from fp8dist.config import Float8Config
 from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.shard import Shard, empty_scales, payload_columns
 from fp8dist.tensors.edits import Seen, local_shard
+from fp8dist.tensors.finite import Finite, report
 from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight
 from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
 
@@ -60,10 +59,11 @@ class WeightState:
         self.payload_is_current = False
         self.cast_by_rows = False  # whether it would be in the pass that found the amaxes
         self.moving: torch.Event | None = None  # the payload's last move from host memory
-        # Of all weights of which it is the first: the last ones, and whether they were finite.
+        # What `precompute` keeps, of the weights of which this is the first: the passes, and by
+        # what it was found whether they are finite.
         self.scale_pass: ScalePass | None = None
         self.cast_pass: CastPass | None = None
-        self.finite: _Finite | None = None
+        self.finite: dict[str, Finite | None] = {}
 
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
@@ -76,6 +76,7 @@ class WeightState:
             self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn), data
             self.groups = groups_of(param, cut_of(param, gathered, self.fqn))
             self.ranks = _size(self.groups)
+            self.scale_pass = self.cast_pass = None
         return self.shard[1]
 
     def set_gathered(self, gathered: bool) -> None:
@@ -83,6 +84,7 @@ class WeightState:
         if self.gathered is not gathered:
             self.gathered = gathered
             self.seen = self.scales = self.shard = self.payload = None
+            self.scale_pass = self.cast_pass = None
             self.payload_is_current = False
 
     def check_buffer(self) -> None:
@@ -149,12 +151,16 @@ class WeightState:
 
 @torch.inference_mode(False)  # what is made here is written to in training
 def update_scales(
-    states: list[WeightState], params: list[DTensor], groups: Groups | None = None
+    states: list[WeightState],
+    params: list[DTensor],
+    groups: Groups | None = None,
+    keep: bool = False,
 ) -> None:
     """Compute the scales of parameters that one group holds together: one all-reduce for all.
 
     Args:
         groups: as `ScalePass.run` takes them, if not those of the first parameter.
+        keep: the pass, for the next call with these parameters.
 
     Raises:
         ValueError: on all ranks: a parameter was made in inference mode.
@@ -164,21 +170,28 @@ def update_scales(
         groups = known_groups(states[0].groups)
     device = shards[0].data.device
     if device.type != params[0].device_mesh.device_type:  # CPU offload: reduce where FSDP2 does
-        device = torch.device(params[0].device_mesh.device_type)
+        device = torch.empty(0, device=params[0].device_mesh.device_type).device
     ranks = _size(groups)
     for state, shard in zip(states, shards, strict=True):
         state.payload_is_current = False
         # Where more ranks take part than hold the weight once, there are copies of it, which may
         # differ: all are cast by the amaxes of all then, which are not there yet.
         state.cast_by_rows = shard.cast_by_rows and ranks == state.ranks
-    scale_pass = _scale_pass(states, params, shards, device)
+    scale_pass = _kept_scale_pass(states, shards, device) if keep else None
+    if scale_pass is None:
+        if keep:
+            states[0].scale_pass = None  # what it alone holds is free for the next
+        _check_not_in_inference(states, params)
+        scale_pass = _new_scale_pass(states, shards, device)
+    if keep:
+        states[0].scale_pass = scale_pass
     _wait_for_moves(states)
-    scale_pass.run(groups)
+    amaxes = scale_pass.run(groups)
     for state, param, payload in zip(states, params, scale_pass.payloads, strict=True):
         state.seen, state.taken = Seen.now(param), False
         if payload is not None:
             state.payload, state.payload_is_current = payload, True
-    _report_non_finite(states, scale_pass.amaxes, scale_pass.ends)
+    _report("scales", states, amaxes, scale_pass.ends)
 
 
 def _size(groups: Groups) -> int:
@@ -186,35 +199,39 @@ def _size(groups: Groups) -> int:
     return math.prod(group.size() for group in groups)
 
 
-def _is_on(x: torch.Tensor, device: torch.device) -> bool:
-    return x.device.type == device.type and device.index in (None, x.device.index)
+def _check_not_in_inference(states: list[WeightState], params: list[DTensor]) -> None:
+    for state, param in zip(states, params, strict=True):
+        if param.is_inference():
+            raise ValueError(
+                f"{state.fqn} was made inside torch.inference_mode, where edits of it cannot be "
+                "noticed: build the model, and load it, outside, or under torch.no_grad()"
+            )
 
 
-def _scale_pass(
-    states: list[WeightState], params: list[DTensor], shards: list[Shard], device: torch.device
+def _is_cast_with_scales(state: WeightState) -> bool:
+    return state.cast_by_rows and state.config.cache_payload
+
+
+def _kept_scale_pass(
+    states: list[WeightState], shards: list[Shard], device: torch.device
+) -> ScalePass | None:
+    scales = [state.scales for state in states]
+    payloads = [state.payload if _is_cast_with_scales(state) else None for state in states]
+    kept = states[0].scale_pass
+    return kept if kept is not None and kept.is_for(shards, scales, payloads, device) else None
+
+
+def _new_scale_pass(
+    states: list[WeightState], shards: list[Shard], device: torch.device
 ) -> ScalePass:
-    """The last one if that is for these weights, or another."""
-    cast = [state.cast_by_rows and state.config.cache_payload for state in states]
-    payloads = [state.payload if now else None for state, now in zip(states, cast, strict=True)]
-    last, states[0].scale_pass = states[0].scale_pass, None
-    if last is None or not last.is_for(shards, [s.scales for s in states], payloads, device):
-        last = None  # its buffers are freed
-        for state, param in zip(states, params, strict=True):
-            if param.is_inference():
-                raise ValueError(
-                    f"{state.fqn} was made inside torch.inference_mode, where edits of it cannot "
-                    "be noticed: build the model, and load it, outside, or under torch.no_grad()"
-                )
-        scales = []
-        for i, (state, shard) in enumerate(zip(states, shards, strict=True)):
-            if state.scales is None or not all(_is_on(mine, device) for mine in state.scales):
-                state.scales = empty_scales(shard, device)
-            scales.append(state.scales)
-            payloads[i] = _payload_for(state, shard) if cast[i] else None
-        last = ScalePass(shards, scales, payloads, device)
-    if last.is_small:
-        states[0].scale_pass = last
-    return last
+    """The pass, and on states that have none there, what it writes scales to."""
+    scales, payloads = [], []
+    for state, shard in zip(states, shards, strict=True):
+        if state.scales is None or any(mine.device != device for mine in state.scales):
+            state.scales = empty_scales(shard, device)
+        scales.append(state.scales)
+        payloads.append(_payload_for(state, shard) if _is_cast_with_scales(state) else None)
+    return ScalePass(shards, scales, payloads, device)
 
 
 _warned_stale = False
@@ -264,44 +281,41 @@ def _wait_for_moves(states: list[WeightState]) -> None:
 
 
 @torch.inference_mode(False)
-def cast_payloads(states: list[WeightState], shards: list[Shard]) -> list[torch.Tensor]:
-    """Cast the payloads of shards, into those that their states keep if they do."""
-    if not states:
-        return []
-    cast_pass = _cast_pass(states, shards)
-    _wait_for_moves(states)
-    cast_pass.run()
-    payloads = []
-    for state, payload in zip(states, cast_pass.payloads, strict=True):
-        if payload is None:
-            raise AssertionError(f"{state.fqn}: cast to nowhere")
-        payloads.append(payload)
-        if state.config.cache_payload:
-            state.payload, state.payload_is_current = payload, True
-    if cast_pass.not_finite.numel() > 0:
-        packed = [state for state, shard in zip(states, shards, strict=True) if shard.packed]
-        _report_non_finite(packed, cast_pass.not_finite, list(range(1, len(packed) + 1)))
-    _report_bad_exponents(states)
-    return payloads
+def cast_payloads(
+    states: list[WeightState], shards: list[Shard], keep: bool = False
+) -> list[torch.Tensor]:
+    """Cast the payloads of shards on one device, into those that their states keep if they do.
 
-
-def _cast_pass(states: list[WeightState], shards: list[Shard]) -> CastPass:
-    """The last one if that is for these shards, or another."""
+    Args:
+        keep: the pass, for the next call with these shards; all states keep their payloads.
+    """
     scales = [state.scales for state in states]
-    payloads = [state.payload for state in states]
-    last, states[0].cast_pass = states[0].cast_pass, None
-    if last is None or not last.is_for(shards, scales, payloads, shards[0].data.device):
-        last = None
+    kept, device = [state.payload for state in states], shards[0].data.device
+    cast_pass = states[0].cast_pass if keep else None
+    if cast_pass is None or not cast_pass.is_for(shards, scales, kept, device):
+        cast_pass = None
+        if keep:
+            states[0].cast_pass = None  # what it alone holds is free for the next
         known = []
         for state in states:
             if state.scales is None:
                 raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
             known.append(state.scales)
         to = [_payload_for(state, shard) for state, shard in zip(states, shards, strict=True)]
-        last = CastPass(shards, known, to)
-    if last.is_small and all(state.config.cache_payload for state in states):
-        states[0].cast_pass = last
-    return last
+        cast_pass = CastPass(shards, known, to)
+    if keep:
+        states[0].cast_pass = cast_pass
+    _wait_for_moves(states)
+    cast_pass.run()
+    payloads = [payload for payload in cast_pass.payloads if payload is not None]
+    for state, payload in zip(states, payloads, strict=True):
+        if state.config.cache_payload:
+            state.payload, state.payload_is_current = payload, True
+    if cast_pass.not_finite.numel() > 0:
+        packed = [state for state, shard in zip(states, shards, strict=True) if shard.packed]
+        _report("packed", packed, cast_pass.not_finite, list(range(1, len(packed) + 1)))
+    _report_exponents(states)
+    return payloads
 
 
 @torch.inference_mode(False)
@@ -338,59 +352,16 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
     return gathered_weight(payload, state.scales, torch.Size(shard.size), dtype)
 
 
-class _Finite:
-    """The first weight of one `update_scales` that is not finite, on its way from the device."""
-
-    def __init__(self, fqns: list[str], amaxes: torch.Tensor, ends: list[int]) -> None:
-        self.fqns, self.ends = fqns, ends
-        bad = ~amaxes.isfinite()
-        # (whether there is one, the index of the first)
-        self.found = torch.stack([bad.any().int(), bad.int().argmax().int()]).to(
-            "cpu", non_blocking=True
-        )
-        self.event = torch.Event(amaxes.device.type) if amaxes.device.type != "cpu" else None
-        if self.event is not None:
-            self.event.record()
-
-    def arrived(self) -> bool:
-        return self.event is None or self.event.query()
-
-    def first_bad(self) -> str | None:
-        found, index = self.found.tolist()
-        return self.fqns[bisect.bisect_right(self.ends, index)] if found else None
+def _report(by: str, states: list[WeightState], amaxes: torch.Tensor, ends: list[int]) -> None:
+    """See `finite.report`. `by`: what tells it, as one step may look in several places."""
+    last = states[0].finite.get(by)
+    states[0].finite[by] = report([state.fqn for state in states], amaxes, ends, last)
 
 
-_reported_non_finite = False
-
-
-def _report_non_finite(states: list[WeightState], amaxes: torch.Tensor, ends: list[int]) -> None:
-    """Name the first weight with a NaN or Inf, once, without waiting for the device.
-
-    On an accelerator the answer is read one call later. The values go on as they are: the
-    scale of such a weight makes its elements NaN, and the loss shows it. Fake tensors have none.
-    """
-    global _reported_non_finite
-    if _reported_non_finite or amaxes.numel() == 0 or isinstance(amaxes, FakeTensor):
-        return
-    last = states[0].finite
-    if last is not None and not last.arrived():
-        return
-    now = _Finite([state.fqn for state in states], amaxes, ends)
-    states[0].finite = now
-    known = now if now.event is None else last
-    if known is not None and (fqn := known.first_bad()) is not None:
-        _reported_non_finite = True
-        logger.warning("%s has a NaN or Inf in its weight; training goes on with it", fqn)
-
-
-def _report_bad_exponents(states: list[WeightState]) -> None:
-    """As `_report_non_finite`, from exchanged exponents: 255 is NaN and 254 an amax of Inf."""
-    found = [
-        (state, state.scales[0])
-        for state in states
-        if state.scales and state.scales[0].dtype == torch.uint8
-    ]
-    if found and not _reported_non_finite:
-        largest = torch.stack([exponents.max() for _, exponents in found])
+def _report_exponents(states: list[WeightState]) -> None:
+    """Report those whose exponents are exchanged: 255 is NaN and 254 an amax of Inf."""
+    found = [s for s in states if s.scales and s.scales[0].dtype == torch.uint8]
+    if found:
+        largest = torch.stack([s.scales[0].max() for s in found if s.scales])
         amaxes = torch.where(largest >= 254, torch.inf, 0.0)
-        _report_non_finite([state for state, _ in found], amaxes, list(range(1, len(found) + 1)))
+        _report("exponents", found, amaxes, list(range(1, len(found) + 1)))

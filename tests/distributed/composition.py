@@ -360,9 +360,9 @@ def scales_computed_at_gathers() -> Iterator[list[str]]:
     a collective of its own, as they were edited with no precompute after."""
     original, names = weight_state.update_scales, []
 
-    def update_scales(states: list[Any], *args: Any) -> None:
+    def update_scales(states: list[Any], *args: Any, **kwargs: Any) -> None:
         names.extend(state.fqn for state in states)
-        original(states, *args)
+        original(states, *args, **kwargs)
 
     weight_state.update_scales = update_scales
     try:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8dist
 from fp8dist.config import RECIPES
-from fp8dist.tensors import weight_state
+from fp8dist.tensors import finite, weight_state
 from tests.distributed.harness import DEVICE
 
 # Of each recipe added later too.
@@ -198,7 +198,7 @@ class _Collector(logging.Handler):
 def warnings_of_the_library() -> Iterator[list[str]]:
     """Collects what it warns of, in a process that has warned of nothing yet."""
     weight_state._warned_stale = False
-    weight_state._reported_non_finite = False
+    finite._reported = False
     collector, logger = _Collector(), logging.getLogger("fp8dist")
     logger.addHandler(collector)
     try:

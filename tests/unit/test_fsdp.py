@@ -1,9 +1,7 @@
 """The call after `optimizer.step()`, on a mesh of one rank."""
 
-import gc
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8dist
 from fp8dist import (
     Float8Config,
-    kernels,
     precompute_float8_dynamic_scale_for_fsdp,
     register_precompute_hook,
 )
-from fp8dist.config import RECIPES
-from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.tensors import sharded_weight, weight_state
 
 K = 32
@@ -74,9 +68,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
     update_scales = weight_state.update_scales
 
-    def noting(some: list[weight_state.WeightState], *args: Any) -> None:
+    def noting(some: list[weight_state.WeightState], *args: Any, **kwargs: Any) -> None:
         calls.append([state.fqn for state in some])
-        update_scales(some, *args)
+        update_scales(some, *args, **kwargs)
 
     for module in (fp8dist.fsdp, weight_state):
         monkeypatch.setattr(module, "update_scales", noting)
@@ -122,110 +116,6 @@ def test_precompute_follows_the_weights(mesh: DeviceMesh) -> None:
         step(model, optimizer)
         precompute_float8_dynamic_scale_for_fsdp(model)
         check_current(model)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_calls_no_more_for_more_weights(
-    recipe: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once all is made ready. What launches kernels, and works on each weight on a CPU, is left
-    out."""
-    for name in ("prepare_fill_amaxes", "prepare_cast_into", "prepare_pack_into"):
-        monkeypatch.setattr(kernels, name, lambda parts: kernels.Prepared(parts, []))
-
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    counts = []
-    for weights in (2, 9):
-        layers = [nn.Linear(256, 128, bias=False) for _ in range(weights)]
-        model = fp8dist.convert_to_float8_training(
-            nn.Sequential(*layers), config=Float8Config(recipe)
-        )
-        fully_shard(model, mesh=mesh)
-        precompute_float8_dynamic_scale_for_fsdp(model)
-        with Count() as count:
-            precompute_float8_dynamic_scale_for_fsdp(model)
-        counts.append(count.calls)
-    assert counts[0] == counts[1] > 0
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The passes that were made ready."""
-    found: list[str] = []
-    for kind in (ScalePass, CastPass):
-
-        def make(self: Any, *args: Any, init: Any = kind.__init__, name: str = kind.__name__):
-            found.append(name)
-            init(self, *args)
-
-        monkeypatch.setattr(kind, "__init__", make)
-    return found
-
-
-def _leave(model: nn.Module) -> None: ...
-
-
-def _assign(model: nn.Module) -> None:
-    local = model[2].weight._local_tensor
-    local.data = local._tensor * 2
-
-
-def _move(model: nn.Module) -> None:
-    """What is left behind is not what is cast."""
-    inner = model[2].weight._local_tensor._tensor
-    inner.set_(inner * 2)
-
-
-def _drop_payload(model: nn.Module) -> None:
-    model[2].weight_state.payload = None
-
-
-def _use_first_alone(model: nn.Module) -> None:
-    with torch.no_grad():
-        model[0].weight.mul_(2)
-    model[0](INPUT)
-
-
-@pytest.mark.parametrize(
-    "change, again",
-    [
-        (_leave, []),
-        (_assign, ["ScalePass", "CastPass"]),
-        (_move, ["ScalePass", "CastPass"]),
-        (_drop_payload, ["CastPass"]),
-        (_use_first_alone, ["ScalePass", "CastPass"]),
-    ],
-)
-def test_passes_are_made_again_where_something_has_moved(
-    change: Callable[[nn.Module], None], again: list[str], mesh: DeviceMesh, made: list[str]
-) -> None:
-    model = sharded(mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        step(model, optimizer)
-        precompute_float8_dynamic_scale_for_fsdp(model)
-    assert made == 3 * ["ScalePass", "CastPass"], "each weight for its first gather, then both"
-    change(model)
-    step(model, optimizer)
-    made.clear()
-    precompute_float8_dynamic_scale_for_fsdp(model)
-    assert made == again
-    check_current(model)
-
-
-def test_what_is_made_ready_goes_with_the_model(mesh: DeviceMesh) -> None:
-    model = sharded(mesh)
-    precompute_float8_dynamic_scale_for_fsdp(model)
-    data = weakref.ref(model[2].weight._local_tensor._tensor)
-    del model
-    gc.collect()
-    assert data() is None
 
 
 @pytest.mark.parametrize("as_what", [list, tuple, iter], ids=["list", "tuple", "iterator"])

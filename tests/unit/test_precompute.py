@@ -2,7 +2,6 @@
 
 import math
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -11,37 +10,10 @@ from torchao.float8.config import ScalingGranularity
 from torchao.float8.float8_utils import tensor_to_scale
 
 from fp8dist import numerics, precompute
-from fp8dist.config import RECIPES, Recipe
-from fp8dist.precompute import CastPass, ScalePass
-from fp8dist.shard import Shard, empty_scales, payload_columns
-
-CPU = torch.device("cpu")
-TENSORWISE = RECIPES["tensorwise"]
-N, K = 48, 64
-
-
-def hp_weight(rows: int = N, columns: int = K, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(weight: torch.Tensor, recipe: Recipe = TENSORWISE) -> Shard:
-    return part(weight, slice(0, weight.size(0)), recipe)
-
-
-def part(weight: torch.Tensor, rows: slice, recipe: Recipe = TENSORWISE) -> Shard:
-    """Some rows. How many the largest shard has matters to e8m0 only; here it has them all."""
-    size = (weight.size(0), weight.size(1))
-    return Shard(weight[rows], size, start=(rows.start, 0), largest=size, recipe=recipe)
-
-
-class Group:
-    """A process group of two, of which the other rank is simulated."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        return self._size
+from fp8dist.config import RECIPES
+from fp8dist.precompute import CastPass
+from fp8dist.shard import Shard, payload_columns
+from tests.unit.shards import CPU, TENSORWISE, Group, K, N, grid, hp_weight, part, run_pass, whole
 
 
 @pytest.fixture
@@ -75,19 +47,6 @@ def test_a_group_of_one_communicates_nothing(peer: dict[str, Any]) -> None:
     precompute.all_reduce_amaxes(amaxes, Group(1))
     assert peer["calls"] == 0
     assert amaxes[0] == 1
-
-
-def run_pass(
-    shards: list[Shard],
-    groups: list[Any],
-    payloads: list[torch.Tensor | None] | None = None,
-    device: torch.device = CPU,
-) -> tuple[list[list[torch.Tensor]], torch.Tensor, list[int]]:
-    """The scales, the amaxes, and where those of each weight end."""
-    scales = [empty_scales(shard, device) for shard in shards]
-    scale_pass = ScalePass(shards, scales, payloads or [None] * len(shards), device)
-    scale_pass.run(groups)
-    return scales, scale_pass.amaxes, scale_pass.ends
 
 
 def compute(
@@ -232,25 +191,6 @@ def test_rows_that_are_cut_are_not_cast_by_their_own_scales() -> None:
 # --- parts of a weight
 
 
-def grid(
-    weight: torch.Tensor, recipe: Recipe, fsdp: tuple[int, int], tp: tuple[int, int]
-) -> list[Shard]:
-    """The shards of all ranks, by the number of ranks and the dimension they cut."""
-    (fsdp_ranks, fsdp_dim), (tp_ranks, tp_dim) = fsdp, tp
-    shards, size = [], (weight.size(0), weight.size(1))
-    for i, part in enumerate(weight.chunk(tp_ranks, tp_dim)):
-        chunks = part.chunk(fsdp_ranks, fsdp_dim)
-        part_start, start = [0, 0], [0, 0]
-        part_start[tp_dim] = i * part.size(tp_dim)
-        for j in range(fsdp_ranks):
-            data = chunks[j] if j < len(chunks) else part[:0]
-            start[fsdp_dim] = min(j * chunks[0].size(fsdp_dim), part.size(fsdp_dim))
-            part_size, largest = (tuple(x.shape) for x in (part, chunks[0]))
-            where = part_size, tuple(start), largest
-            shards.append(Shard(data, *where, recipe, fsdp_ranks, size, tuple(part_start)))
-    return shards
-
-
 FSDP_BY_TP = [
     *(((ranks, 0), (2, dim)) for ranks in (1, 2, 3, 5) for dim in (0, 1)),
     ((3, 0), (4, 1)),
@@ -313,95 +253,3 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
             again = torch.zeros_like(payload)
             run_pass(shards, [Group(2)], [again, None])
             assert torch.equal(again, payload)
-
-
-# --- passes that are kept
-
-
-def passes_for(shards: list[Shard]) -> tuple[ScalePass, CastPass]:
-    """By rows shards are cast in the first pass, the others in the second."""
-    payloads = [
-        torch.zeros(shard.largest[0], payload_columns(shard), dtype=torch.uint8) for shard in shards
-    ]
-    scales = [empty_scales(shard, CPU) for shard in shards]
-    in_pass = [p if s.cast_by_rows else None for s, p in zip(shards, payloads, strict=True)]
-    scale_pass = ScalePass(shards, scales, in_pass, CPU)
-    rest = [i for i, payload in enumerate(in_pass) if payload is None]
-    of_rest = ([of_each[i] for i in rest] for of_each in (shards, scales, payloads))
-    return scale_pass, CastPass(*of_rest) if rest else mock.Mock(payloads=[])
-
-
-def found_by(scale_pass: ScalePass, cast_pass: CastPass) -> list[torch.Tensor]:
-    scale_pass.run([Group(1)])
-    cast_pass.run()
-    payloads = [p for p in (*scale_pass.payloads, *cast_pass.payloads) if p is not None]
-    return [*sum(scale_pass.scales, []), *payloads, scale_pass.amaxes]
-
-
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize(
-    ("fsdp", "tp"), [((1, 0), (1, 0)), ((2, 0), (1, 0)), ((3, 0), (2, 0)), ((2, 1), (2, 1))]
-)
-def test_what_runs_again_takes_the_weights_as_they_are_then(
-    name: str, fsdp: tuple[int, int], tp: tuple[int, int]
-) -> None:
-    """Smaller ones, of which nothing larger may be left; the last rank's shard."""
-    weight, other = hp_weight(256, 512), hp_weight()
-    shards = [grid(weight, RECIPES[name], fsdp, tp)[-1], whole(other, TENSORWISE)]
-    kept = passes_for(shards)
-    before = [x.clone() for x in found_by(*kept)]
-    weight.copy_(hp_weight(256, 512, seed=1) / 1000)
-    other.copy_(hp_weight(seed=1) / 1000)
-    again = found_by(*kept)
-    anew = found_by(*passes_for(shards))
-    assert len(again) == len(anew) > 0
-    for old, found, expected in zip(before, again, anew, strict=True):
-        assert torch.equal(found, expected) and not torch.equal(found, old)
-
-
-def test_a_pass_is_for_the_same_tensors_in_the_same_place() -> None:
-    weights = [hp_weight(seed=i) for i in range(2)]
-    shards = [whole(weight, RECIPES["rowwise"]) for weight in weights]
-    scales = [empty_scales(shard, CPU) for shard in shards]
-    payloads = [torch.zeros(N, K, dtype=torch.uint8) for _ in shards]
-    scale_pass = ScalePass(shards, scales, payloads, CPU)
-
-    def is_still(**others: Any) -> bool:
-        mine = {"shards": shards, "scales": scales, "payloads": payloads, "device": CPU}
-        return scale_pass.is_for(**{**mine, **others})
-
-    assert is_still() and is_still(shards=list(shards))
-    assert not is_still(shards=shards[:1], scales=scales[:1], payloads=payloads[:1])
-    assert not is_still(shards=[shards[0], whole(weights[1], RECIPES["rowwise"])])
-    assert not is_still(scales=[scales[0], list(scales[1])])
-    assert not is_still(scales=[scales[0], None])
-    assert not is_still(payloads=[payloads[0], payloads[1].clone()])
-    assert not is_still(payloads=[payloads[0], None])
-    assert not is_still(device=torch.device("meta"))
-    for moved in (shards[1].data, payloads[1]):
-        place = moved.untyped_storage()
-        moved.set_(moved.clone())
-        assert not is_still()
-        moved.set_(place, 0, moved.shape, moved.stride())
-        assert is_still()
-
-
-@pytest.mark.parametrize("name, small", [("rowwise", True), ("mxfp8_rceil", False)])
-def test_a_buffer_of_exponents_is_not_small(name: str, small: bool) -> None:
-    shard = grid(hp_weight(), RECIPES[name], (5, 0), (1, 0))[0]
-    assert passes_for([shard])[0].is_small is small
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_packed_shard_tells_whether_it_is_finite(bad: float) -> None:
-    weights = [hp_weight(seed=i) for i in range(3)]
-    shards = [whole(weight, RECIPES["mxfp8_rceil"]) for weight in weights]
-    payloads = [torch.zeros(N, payload_columns(shard), dtype=torch.uint8) for shard in shards]
-    cast_pass = CastPass(shards, [[], [], []], payloads)
-    for i, j in ((1, 40), (2, 0)):
-        cast_pass.run()
-        assert cast_pass.not_finite.tolist() == [0, 0, 0]
-        kept, weights[i][7, j] = weights[i][7, j].item(), bad
-        cast_pass.run()
-        assert cast_pass.not_finite.tolist() == [math.inf if k == i else 0 for k in range(3)]
-        weights[i][7, j] = kept

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from fp8dist.precompute import ScalePass
-from fp8dist.tensors import weight_state
+from fp8dist.tensors import finite, weight_state
 
 
 @pytest.fixture
 def say_it_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Warnings that are given once per process are given once per test."""
-    monkeypatch.setattr(weight_state, "_reported_non_finite", False)
+    monkeypatch.setattr(finite, "_reported", False)
     monkeypatch.setattr(weight_state, "_warned_stale", False)
     yield
 
@@ -23,9 +24,9 @@ def amaxes_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     run = ScalePass.run
 
-    def counting(scale_pass: ScalePass, *args: Any) -> None:
+    def counting(scale_pass: ScalePass, *args: Any) -> torch.Tensor:
         calls.append(len(scale_pass.shards))
-        run(scale_pass, *args)
+        return run(scale_pass, *args)
 
     monkeypatch.setattr(ScalePass, "run", counting)
     return calls

@@ -1,10 +1,7 @@
-"""What is kept about a sharded weight, what is said of NaN and Inf, and that copies start empty."""
+"""What is kept about a sharded weight, and that copies start empty."""
 
 import copy
-import logging
-import math
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,16 +10,14 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import fp8dist
 from fp8dist import Float8Config
 from fp8dist.precompute import CastPass
-from fp8dist.tensors import weight_state
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_state import WeightState, update_scales
-from tests.unit.tensors.sharded_layer import K, N, hp_weight, shard_of, sharded
+from tests.unit.tensors.sharded_layer import K, N, hp_weight, sharded
 
 pytestmark = pytest.mark.usefixtures("say_it_again")
 
@@ -168,6 +163,7 @@ def test_a_short_shard_is_padded_with_zeros() -> None:
         shard = hp_weight()[:rows]
         Param._local_tensor = Float8ShardedWeight(shard)
         payload = state.current_payload(shard, Param())
+        assert state.ranks == 5
         assert payload.shape == (10, K)  # ceil(48 / 5)
         expected = (shard * 2).to(torch.float8_e4m3fn).view(torch.uint8)
         assert torch.equal(payload[:rows], expected)
@@ -198,63 +194,6 @@ def test_update_scales_takes_many_weights_at_once(
         assert layer.weight_state.scales[0][1].item() == quantized(hp_weight() * (i + 1))[1].item()
     storages = {layer.weight_state.scales[0].untyped_storage().data_ptr() for layer in layers}
     assert len(storages) == 3, "each in a storage of its own"
-
-
-# --- NaN and Inf
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_weight_that_is_not_finite_is_named_once(
-    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture, bad: float
-) -> None:
-    layers = {name: nn.Linear(K, N, bias=False) for name in ("a", "b", "c")}
-    model = nn.Sequential(OrderedDict(layers))
-    fp8dist.convert_to_float8_training(model)
-    for name in ("b", "c"):
-        with torch.no_grad():
-            layers[name].weight._tensor[5, 5] = bad
-    fully_shard(model, mesh=mesh)
-    for _ in range(3):
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == ["b has a NaN or Inf in its weight; training goes on with it"]
-    assert model.a.weight_state.scales[0].isfinite().all()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_shows_in_the_output(mesh: DeviceMesh, bad: float) -> None:
-    layer = sharded(mesh)
-    with torch.no_grad():
-        shard_of(layer)[5, 5] = bad
-    assert layer(torch.ones(4, K)).isnan().any()
-
-
-class _OnADevice(weight_state._Finite):
-    """As it is where the answer is read one call later, because the device has to get there."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.event = mock.Mock(query=lambda: True)
-
-
-def test_every_step_is_looked_at_on_a_device(
-    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weight_state, "_Finite", _OnADevice)
-    layer = sharded(mesh)
-    for bad in (False, True, False):  # in one step only
-        with torch.no_grad():
-            shard_of(layer)[5, 5] = math.nan if bad else 1.0
-        assert "NaN" not in caplog.text
-        fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
-    assert "has a NaN or Inf in its weight" in caplog.text
-
-
-def test_finite_weights_are_not_reported(
-    mesh: DeviceMesh, caplog: pytest.LogCaptureFixture
-) -> None:
-    fp8dist.precompute_float8_dynamic_scale_for_fsdp(sharded(mesh))
-    assert "NaN" not in caplog.text
 
 
 # --- copies
