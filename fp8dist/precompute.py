@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fp8dist import kernels, numerics
+from fp8dist.buffer import Buffer
 from fp8dist.config import Block, ScaleFormat
 from fp8dist.numerics import AmaxPart, CastPart, PackPart
 from fp8dist.shard import Shard, Size, scales_size
@@ -23,12 +24,12 @@ from fp8dist.shard import Shard, Size, scales_size
 # they are (the table of a launch, the views of a buffer) is found out once, when a pass is made.
 # Running it takes as many calls for a thousand weights as for one; only exponents that are
 # exchanged as words take some for each weight. A kept pass is run again while it `is_for` what it
-# was made for.
+# was made for, which is, with noting what was seen of edits, what is left to do for each weight.
 #
 # Its buffers are as large as the scales of all weights, and nobody needs them between steps: their
 # memory is given back after a run and taken again before the next, as FSDP2 does with what it
 # gathers. Views of a storage stay what they are. Kernels find amaxes, and scales, from where those
-# of the first weight are, so that what is in such a buffer is there for all weights on a device.
+# of the first weight are, so that what is in such a buffer is there for all weights of a launch.
 
 
 class _Pass:
@@ -66,7 +67,7 @@ class _Pass:
         payloads: Sequence[torch.Tensor | None],
         device: torch.device,
     ) -> bool:
-        """Whether it was made for these, the same objects, and they are where they were."""
+        """Whether it was made for these, the same objects, shards and payloads where they were."""
         return (
             _are(shards, self.shards)
             and _are(scales, self.scales)
@@ -78,29 +79,6 @@ class _Pass:
 
 def _are(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
-
-
-class _Buffer:
-    """Float32 elements, which have memory within `with`; see [Note: made ready].
-
-    Args:
-        sizes: of the `parts` that it consists of, 1-D.
-    """
-
-    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.whole = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-        self.parts = self.whole.split(list(sizes))
-        self._resize(0)
-
-    def _resize(self, nbytes: int) -> None:
-        if not isinstance(self.whole, FakeTensor):  # which has none
-            self.whole.untyped_storage().resize_(nbytes)
-
-    def __enter__(self) -> None:
-        self._resize(self.whole.nbytes)
-
-    def __exit__(self, *_: object) -> None:
-        self._resize(0)
 
 
 class _Region(NamedTuple):
@@ -153,7 +131,7 @@ class ScalePass(_Pass):
         counts = [math.prod(region.size) for region in regions]
         word_counts = [math.prod(shard.exponent_words) for shard in shards]
         total = sum(counts)
-        buffer = _Buffer([total, sum(word_counts), total, total], device)
+        buffer = Buffer([total, sum(word_counts), total, total], device)
         self._buffers = [buffer, *self._ready_to_fill(regions, buffer, counts)]
         self._amaxes, words, inverses, found = buffer.parts
         self._found = inverses, found
@@ -184,17 +162,17 @@ class ScalePass(_Pass):
         self._formats = _by_format(regions, counts, device)
 
     def _ready_to_fill(
-        self, regions: Sequence[_Region], buffer: _Buffer, counts: list[int]
-    ) -> list[_Buffer]:
+        self, regions: Sequence[_Region], buffer: Buffer, counts: list[int]
+    ) -> list[Buffer]:
         """What writes the shards' amaxes, and what they are in before that, if not in `buffer`."""
-        others: dict[torch.device, _Buffer] = {}
+        others: dict[torch.device, Buffer] = {}
         if any(region.is_cut or region.shard.data.device != self.device for region in regions):
             # A kernel writes whole rows of amaxes, where the shard is: under CPU offload that is
             # not where they are reduced. What a device has is in one storage for all, see
             # [Note: made ready].
             for device in {region.shard.data.device for region in regions}:
                 sizes = [math.prod(r.part_size) for r in regions if r.shard.data.device == device]
-                others[device] = _Buffer(sizes, device)
+                others[device] = Buffer(sizes, device)
         with ExitStack() as stack:
             for each in (buffer, *others.values()):
                 stack.enter_context(each)
@@ -233,7 +211,8 @@ class ScalePass(_Pass):
         with ExitStack() as stack:
             for buffer in self._buffers:
                 stack.enter_context(buffer)
-                buffer.whole.zero_()
+            for written in (self._reduced, *(buffer.whole for buffer in self._buffers[1:])):
+                written.zero_()
             self._words.fill_(_FLIP)
             self._fill()
             if self._copies[0]:
@@ -349,7 +328,7 @@ class CastPass(_Pass):
         ]
         # Exponents, and scales on another device, which are converted at each run.
         given = [x for x in own if x is not None and self._is_converted(x)]
-        self._buffer = _Buffer([x[-1].numel() for x in given], self.device)
+        self._buffer = Buffer([x[-1].numel() for x in given], self.device)
         with self._buffer:
             views = [
                 view.view(x[-1].shape) for view, x in zip(self._buffer.parts, given, strict=True)
@@ -367,15 +346,19 @@ class CastPass(_Pass):
         not_finite: Iterator[torch.Tensor],
     ) -> None:
         parts, packed = [], []
+        blocks: dict[bool, set[Block]] = {True: set(), False: set()}
         for shard, mine, payload in zip(self.shards, own, self.payloads, strict=True):
             if payload is None:
                 raise AssertionError(f"a shard of {shard.whole} is cast to nowhere")
             rows, recipe = payload[: shard.data.size(0)], shard.recipe
             if mine is None:
                 where = rows, next(not_finite)
-                packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, *where))
+                if shard.data.numel() > 0:
+                    packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, *where))
                 continue
-            scale = next(converted) if self._is_converted(mine) else mine[-1]
+            is_converted = self._is_converted(mine)
+            blocks[is_converted].add(recipe.weight)
+            scale = next(converted) if is_converted else mine[-1]
             if shard.data.numel() == 0:
                 continue
             out = rows.view(recipe.weight_dtype)
@@ -383,6 +366,8 @@ class CastPass(_Pass):
                 here = slice(first, first + count)
                 start = (row, shard.start[1])
                 parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
+        if both := blocks[True] & blocks[False]:
+            raise AssertionError(f"scales of {both}, of one launch, would not stay in one storage")
         self._cast = kernels.prepare_cast_into(parts)
         self._pack = kernels.prepare_pack_into(packed)
 

@@ -127,8 +127,10 @@ def _divided(
 
 
 class Prepared(NamedTuple):
-    """What a function does to parts, as often as it is called: while their tensors stay where they
-    are, on the stream on which it was made.
+    """What a function does to parts, as often as it is called, on the stream on which it was made.
+
+    Until then the tensors of the parts, which it keeps, may move together: see [Note: made ready]
+    in `precompute`.
     """
 
     parts: Sequence[Any]

@@ -224,5 +224,5 @@ def pack_kernel(
     tl.store(bytes_ptr + out_rows + N + blocks[None, :], exponents, mask=wanted)
     bad = exponents >= 254  # an amax of Inf, or NaN
     not_finite = not_finite_ptr + tl.load(entry + 8) + tl.zeros_like(bad.to(tl.int32))
-    # Not their maximum: the warps need not wait for each other.
+    # Each that is bad by itself: for the largest of a tile its warps would wait for each other.
     tl.atomic_max(not_finite, 0x7F800000, mask=bad, sem="relaxed")

@@ -24,8 +24,8 @@ _PACK_TILE = (16, 512, 4)
 _ELEMENTS_AT_ONCE = 16384  # for which a multiprocessor has the registers
 _MULTIPROCESSORS = 128  # about as many as there are
 
-# To be called as often as wanted, while the tensors stay where they are, on the stream on which it
-# was made: the table of [Note: many matrices in one launch] is.
+# See `kernels.Prepared`. The table of [Note: many matrices in one launch] is made on the stream and
+# holds where tensors are from those of the first part.
 Launch = Callable[[], None]
 
 

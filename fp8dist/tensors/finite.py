@@ -34,6 +34,11 @@ class Finite:
 _reported = False
 
 
+def was_reported() -> bool:
+    """Whether one was named, which is the only one."""
+    return _reported
+
+
 def report(
     fqns: list[str], amaxes: torch.Tensor, ends: list[int], last: Finite | None
 ) -> Finite | None:

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fp8dist.config import Float8Config
 from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.shard import Shard, empty_scales, payload_columns
+from fp8dist.tensors import finite
 from fp8dist.tensors.edits import Seen, local_shard
-from fp8dist.tensors.finite import Finite, report
 from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight
 from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
 
@@ -63,7 +63,7 @@ class WeightState:
         # what it was found whether they are finite.
         self.scale_pass: ScalePass | None = None
         self.cast_pass: CastPass | None = None
-        self.finite: dict[str, Finite | None] = {}
+        self.finite: dict[str, finite.Finite | None] = {}
 
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
@@ -228,7 +228,7 @@ def _new_scale_pass(
     scales, payloads = [], []
     for state, shard in zip(states, shards, strict=True):
         if state.scales is None or any(mine.device != device for mine in state.scales):
-            state.scales = empty_scales(shard, device)
+            state.scales, state.seen = empty_scales(shard, device), None  # until it has run
         scales.append(state.scales)
         payloads.append(_payload_for(state, shard) if _is_cast_with_scales(state) else None)
     return ScalePass(shards, scales, payloads, device)
@@ -287,7 +287,7 @@ def cast_payloads(
     """Cast the payloads of shards on one device, into those that their states keep if they do.
 
     Args:
-        keep: the pass, for the next call with these shards; all states keep their payloads.
+        keep: the pass, for the next call with these shards; all states must keep their payloads.
     """
     scales = [state.scales for state in states]
     kept, device = [state.payload for state in states], shards[0].data.device
@@ -355,13 +355,13 @@ def local_float8(state: WeightState, param: DTensor, dtype: torch.dtype) -> Floa
 def _report(by: str, states: list[WeightState], amaxes: torch.Tensor, ends: list[int]) -> None:
     """See `finite.report`. `by`: what tells it, as one step may look in several places."""
     last = states[0].finite.get(by)
-    states[0].finite[by] = report([state.fqn for state in states], amaxes, ends, last)
+    states[0].finite[by] = finite.report([state.fqn for state in states], amaxes, ends, last)
 
 
 def _report_exponents(states: list[WeightState]) -> None:
     """Report those whose exponents are exchanged: 255 is NaN and 254 an amax of Inf."""
     found = [s for s in states if s.scales and s.scales[0].dtype == torch.uint8]
-    if found:
+    if found and not finite.was_reported():
         largest = torch.stack([s.scales[0].max() for s in found if s.scales])
         amaxes = torch.where(largest >= 254, torch.inf, 0.0)
         _report("exponents", found, amaxes, list(range(1, len(found) + 1)))

@@ -1,9 +1,6 @@
-"""What precompute keeps from step to step gives what it would give if made anew, and is made anew
-where it must be.
-"""
+"""What precompute keeps of a model is kept where it is right, and made anew where it is not."""
 
 import gc
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,151 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8dist
-from fp8dist import kernels, precompute, precompute_float8_dynamic_scale_for_fsdp
-from fp8dist.config import RECIPES
+from fp8dist import kernels, numerics, precompute_float8_dynamic_scale_for_fsdp
 from fp8dist.precompute import CastPass, ScalePass
-from fp8dist.shard import Shard, empty_scales, payload_columns
+from fp8dist.shard import empty_scales
 from fp8dist.tensors.weight_state import WeightState
-from tests.unit.shards import CPU, TENSORWISE, Group, K, N, grid, hp_weight, whole
-
-CUTS = [((1, 0), (1, 0)), ((2, 0), (1, 0)), ((3, 0), (2, 0)), ((2, 1), (2, 1))]
-
-# --- a pass
-
-
-def passes_for(shards: list[Shard]) -> tuple[ScalePass, CastPass]:
-    """By rows shards are cast in the first pass, the others in the second."""
-    payloads = [
-        torch.zeros(shard.largest[0], payload_columns(shard), dtype=torch.uint8) for shard in shards
-    ]
-    scales = [empty_scales(shard, CPU) for shard in shards]
-    in_pass = [p if s.cast_by_rows else None for s, p in zip(shards, payloads, strict=True)]
-    scale_pass = ScalePass(shards, scales, in_pass, CPU)
-    rest = [i for i, payload in enumerate(in_pass) if payload is None]
-    of_rest = ([of_each[i] for i in rest] for of_each in (shards, scales, payloads))
-    return scale_pass, CastPass(*of_rest) if rest else mock.Mock(payloads=[])
-
-
-def found_by(scale_pass: ScalePass, cast_pass: CastPass) -> list[torch.Tensor]:
-    amaxes = scale_pass.run([Group(1)])
-    cast_pass.run()
-    payloads = [p for p in (*scale_pass.payloads, *cast_pass.payloads) if p is not None]
-    return [*sum(scale_pass.scales, []), *payloads, amaxes]
-
-
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize(("fsdp", "tp"), CUTS)
-def test_what_runs_again_takes_the_weights_as_they_are_then(
-    name: str, fsdp: tuple[int, int], tp: tuple[int, int]
-) -> None:
-    """Smaller ones, of which nothing larger may be left; the last rank's shard."""
-    weight, other = hp_weight(256, 512), hp_weight()
-    others = [whole(other, recipe) for recipe in (TENSORWISE, RECIPES["rowwise"], TENSORWISE)]
-    shards = [others[0], grid(weight, RECIPES[name], fsdp, tp)[-1], *others[1:]]
-    kept = passes_for(shards)
-    before = [x.clone() for x in found_by(*kept)]
-    weight.copy_(hp_weight(256, 512, seed=1) / 1000)
-    other.copy_(hp_weight(seed=1) / 1000)
-    again = found_by(*kept)
-    anew = found_by(*passes_for(shards))
-    assert len(again) == len(anew) > 0
-    for old, found, expected in zip(before, again, anew, strict=True):
-        assert torch.equal(found, expected) and not torch.equal(found, old)
-
-
-def test_a_pass_is_for_the_same_tensors_in_the_same_place() -> None:
-    weights = [hp_weight(seed=i) for i in range(2)]
-    shards = [whole(weight, RECIPES["rowwise"]) for weight in weights]
-    scales = [empty_scales(shard, CPU) for shard in shards]
-    payloads = [torch.zeros(N, K, dtype=torch.uint8) for _ in shards]
-    scale_pass = ScalePass(shards, scales, payloads, CPU)
-
-    def is_still(**others: Any) -> bool:
-        mine = {"shards": shards, "scales": scales, "payloads": payloads, "device": CPU}
-        return scale_pass.is_for(**{**mine, **others})
-
-    assert is_still() and is_still(shards=list(shards))
-    assert not is_still(shards=shards[:1], scales=scales[:1], payloads=payloads[:1])
-    assert not is_still(shards=[shards[0], whole(weights[1], RECIPES["rowwise"])])
-    assert not is_still(scales=[scales[0], list(scales[1])])
-    assert not is_still(scales=[scales[0], None])
-    assert not is_still(payloads=[payloads[0], payloads[1].clone()])
-    assert not is_still(payloads=[payloads[0], None])
-    assert not is_still(device=torch.device("meta"))
-    square = whole(hp_weight(64, 64))
-    of_square = ScalePass([square], [empty_scales(square, CPU)], [None], CPU)
-    square.data.t_()
-    assert not of_square.is_for([square], of_square.scales, [None], CPU)
-    for moved in (shards[1].data, payloads[1]):
-        place = moved.untyped_storage()
-        moved.set_(moved.clone())
-        assert not is_still()
-        moved.set_(place, 0, moved.shape, moved.stride())
-        assert is_still()
-
-
-@pytest.mark.parametrize("name", ["rowwise", "blockwise", "mxfp8_rceil"])
-@pytest.mark.parametrize(("fsdp", "tp"), [((1, 0), (1, 0)), ((5, 0), (2, 0))])
-def test_buffers_have_memory_only_while_a_pass_runs(
-    name: str, fsdp: tuple[int, int], tp: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = passes_for(grid(hp_weight(256, 256), RECIPES[name], fsdp, tp)[:1])
-    buffers = list(kept[0]._buffers)
-    if isinstance(kept[1], CastPass):
-        buffers.append(kept[1]._buffer)
-
-    def memory() -> list[int]:
-        return [buffer.whole.untyped_storage().nbytes() for buffer in buffers]
-
-    during = []
-    all_reduce = precompute.all_reduce_amaxes
-    monkeypatch.setattr(
-        precompute, "all_reduce_amaxes", lambda *x: (during.append(memory()), all_reduce(*x))
-    )
-    for _ in range(2):
-        assert sum(memory()) == 0
-        found_by(*kept)
-    assert sum(memory()) == 0
-    exchanged = name != "mxfp8_rceil" or fsdp[0] > 1
-    assert [sum(each) > 0 for each in during] == 2 * [True] * exchanged
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_default_dtype_does_not_matter(name: str, dtype: torch.dtype) -> None:
-    shards = [grid(hp_weight(256, 512), RECIPES[name], *cuts)[0] for cuts in CUTS]
-    expected = found_by(*passes_for(shards))
-    torch.set_default_dtype(dtype)
-    try:
-        found = found_by(*passes_for(shards))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_packed_shard_tells_whether_it_is_finite(bad: float) -> None:
-    weights = [hp_weight(seed=i) for i in range(3)]
-    shards = [whole(weight, RECIPES["mxfp8_rceil"]) for weight in weights]
-    payloads = [torch.zeros(N, payload_columns(shard), dtype=torch.uint8) for shard in shards]
-    cast_pass = CastPass(shards, [[], [], []], payloads)
-    for i, j in ((1, 40), (2, 0)):
-        cast_pass.run()
-        assert cast_pass.not_finite.tolist() == [0, 0, 0]
-        kept, weights[i][7, j] = weights[i][7, j].item(), bad
-        cast_pass.run()
-        assert cast_pass.not_finite.tolist() == [math.inf if k == i else 0 for k in range(3)]
-        weights[i][7, j] = kept
-
-
-# --- of a model
-
-
-KINDS = {
-    **{name: [name] for name in RECIPES},
-    "mixed": ["tensorwise", "rowwise", "rowwise_with_gw_hp", "mxfp8_rceil"],
-}
+from tests.unit.shards import hp_weight, whole
 
 
 class Count(TorchDispatchMode):
@@ -170,40 +27,6 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         return func(*args, **(kwargs or {}))
-
-
-def calls_of_a_run(shards: list[Shard]) -> int:
-    scale_pass, cast_pass = passes_for(shards)
-    found_by(scale_pass, cast_pass)
-    with Count() as count:
-        found_by(scale_pass, cast_pass)
-    return count.calls
-
-
-@pytest.mark.parametrize(
-    ("kind", "fsdp", "tp"),
-    [
-        (kind, *cuts)
-        for kind in KINDS
-        for cuts in CUTS[:3]
-        # Exponents that are exchanged, of shards that are uneven, take some for each weight.
-        if cuts[0][0] != 3 or not any(RECIPES[name].scale_format == "e8m0" for name in KINDS[kind])
-    ],
-)
-def test_a_run_calls_no_more_for_more_weights(
-    kind: str, fsdp: tuple[int, int], tp: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What launches kernels, and works on each weight on a CPU, is left out."""
-    for name in ("prepare_fill_amaxes", "prepare_cast_into", "prepare_pack_into"):
-        monkeypatch.setattr(kernels, name, lambda parts: kernels.Prepared(parts, []))
-    counts = []
-    for times in (1, 3):
-        shards = [
-            grid(hp_weight(256, 512), RECIPES[name], fsdp, tp)[0]
-            for name in times * 2 * KINDS[kind]
-        ]
-        counts.append(calls_of_a_run(shards))
-    assert counts[0] == counts[1] > 0
 
 
 def test_a_step_calls_no_more_for_more_weights(
@@ -348,6 +171,35 @@ def test_what_was_replaced_is_kept_by_nothing(
     assert [ref() is None for ref in old] == [replaced, replaced]
     passes = [model[i].weight_state.scale_pass for i in (0, 2)]
     assert passes[0] is not None and passes[1] is None
+
+
+@pytest.mark.parametrize("unsharded", [False, True])
+def test_after_a_step_that_failed_scales_are_computed_again(
+    unsharded: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New ones, which nothing was written to, are not taken for those of the weight; nor are those
+    of a weight that was edited."""
+    model = sharded(mesh)
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    if unsharded:  # which makes scales anew
+        model[0].unshard()
+        model[2].unshard()
+    else:
+        with torch.no_grad():
+            for i in (0, 2):
+                model[i].weight.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "amax_to_scale", mock.Mock(side_effect=RuntimeError("no")))
+        with pytest.raises(RuntimeError, match="no"):
+            precompute_float8_dynamic_scale_for_fsdp(model)
+    kept = model[0].weight_state.scale_pass
+    assert all(buffer.whole.untyped_storage().nbytes() == 0 for buffer in kept._buffers)
+    for i in (0, 2):
+        model[i].reshard()
+        for scales in model[i].weight_state.scales:
+            scales.fill_(torch.nan)
+    model(torch.randn(5, 32)).sum().backward()
+    check_current(model)
 
 
 def test_payloads_that_are_on_their_way_are_waited_for(mesh: DeviceMesh) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
     "matmul",
     "mx_grouped_matmul",
     "grouped_matmul",
+    "buffer",
     "shard",
     "precompute",
     "tensors",
