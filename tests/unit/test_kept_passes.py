@@ -166,6 +166,8 @@ def test_what_was_replaced_is_kept_by_nothing(
         copies = {name: x.detach().clone() for name, x in model.state_dict().items()}
         model.load_state_dict(copies, assign=True)
         model(torch.randn(5, 32))
+        passes = [model[0].weight_state.scale_pass, model[0].weight_state.cast_pass]
+        assert passes == [None, None], "of weights that are gone"
         precompute_float8_dynamic_scale_for_fsdp(model)
         gc.collect()
     assert [ref() is None for ref in old] == [replaced, replaced]
