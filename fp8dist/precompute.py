@@ -334,7 +334,7 @@ class CastPass(_Pass):
                 view.view(x[-1].shape) for view, x in zip(self._buffer.parts, given, strict=True)
             ]
             self._converted = list(zip(views, given, strict=True))
-            self._ready_to_cast(own, iter(views), iter(self.not_finite.split(1)))
+            self._ready_to_cast(own, iter(views), iter(self.not_finite.split([1] * packed_count)))
 
     def _is_converted(self, scales: torch.Tensor) -> bool:
         return scales.dtype == torch.uint8 or scales.device != self.device
