@@ -27,6 +27,10 @@ weigh as on a slow network:
 
     torchrun --nproc-per-node 4 scripts/bench/bench_step.py \\
         --layers 4 --dim 2048 --ffn 7168 --seq 2048 --vocab 2048
+
+Where a machine is not as fast all the time, as when ranks take turns on a GPU, --rounds 3 measures
+all variants three times, in turns, and prints last what each has of the first one's speed in the
+same round: the median, the least and the most.
 """
 
 import argparse
@@ -292,6 +296,18 @@ def measure(
     return Measured(row, kernel_report(training) if args.profile else "", warm_up)
 
 
+def of_rounds(measured: Sequence[Measured], variants: int) -> str:
+    """Of so many variants, measured again and again: the ratios to the first of the same round."""
+    rounds = [measured[i : i + variants] for i in range(0, len(measured), variants)]
+    lines = [f"of {len(rounds)} rounds: the median, the least and the most"]
+    for of_variant in zip(*rounds, strict=True):
+        pairs = zip(of_variant, rounds, strict=True)
+        ratios = [x.row.tokens_per_second / round[0].row.tokens_per_second for x, round in pairs]
+        ends = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        lines.append(f"{of_variant[0].row.variant:34s} x{statistics.median(ratios):.3f}  {ends}")
+    return "\n".join(lines)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -306,6 +322,7 @@ def parse_arguments() -> argparse.Namespace:
         "seq": 8192,
         "microbatches": 1,
         "steps": 10,
+        "rounds": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--no-compile", action="store_true", help="run the layers eagerly")
@@ -338,6 +355,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace, memories: Sequence[Memory]) -> None:
     """Refuse what would do nothing or mislead, and fill in the defaults of the other flags."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: {args.rounds}, must be 1 or more")
     recompute = any(memory.recompute for memory in memories)
     offload = any(memory.offload for memory in memories)
     if recompute and args.no_compile:
@@ -365,7 +384,12 @@ def main() -> None:
     check_arguments(args, [Memory.parse(name)[1] for name in names])
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
-    compare(names, lambda name, first: measure(name, args, mesh, first), args)
+    compare(
+        names * args.rounds,
+        lambda name, first: measure(name, args, mesh, first),
+        args,
+        (lambda measured: of_rounds(measured, len(names))) if args.rounds > 1 else None,
+    )
 
 
 if __name__ == "__main__":

@@ -313,15 +313,19 @@ M = TypeVar("M", bound=Measured)
 
 
 def compare(
-    names: Sequence[str], measure: Callable[[str, M | None], M], args: argparse.Namespace
+    names: Sequence[str],
+    measure: Callable[[str, M | None], M],
+    args: argparse.Namespace,
+    summarize: Callable[[Sequence[M]], str] | None = None,
 ) -> None:
     """Measure variants, print them and write `args.json`, leave the process group and exit.
 
     Args:
         measure: takes a name and what was measured of the first; raises WrongResult.
         args: of the command line.
+        summarize: what is printed last, of all that was measured, unless one was wrong.
     """
-    rows = []
+    rows, found = [], []
     first, wrong = None, False
     for name in names:
         try:
@@ -338,7 +342,10 @@ def compare(
                 torch.cuda.empty_cache()
         first = first or measured
         rows.append(asdict(measured.row))
+        found.append(measured)
         print_once(str(measured))
+    if summarize is not None and not wrong:
+        print_once(summarize(found))
     if args.json is not None and dist.get_rank() == 0:
         arguments = {key: value for key, value in vars(args).items() if key != "json"}
         write_json(args.json, setting() | {"arguments": arguments, "rows": rows})

@@ -19,6 +19,7 @@ from tests.unit.bench.program import load_program, run_program
 SIZES = (
     "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32 --steps=2 --microbatches=2 --no-compile"
 )
+SMALL = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32".split()
 
 
 def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
@@ -43,6 +44,45 @@ def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
     # loss, some 5.5 nats, is far below a tenth.
     losses = [row["loss"] for row in report["rows"]]
     assert losses == pytest.approx([losses[0]] * len(losses), abs=0.1)
+
+
+def test_measures_in_turns() -> None:
+    run = run_program(
+        "bench_step",
+        *SMALL,
+        "--steps=1",
+        "--no-compile",
+        "--variants=bf16,fp8dist:rowwise",
+        "--rounds=2",
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    rows = [line for line in lines if "tok/s/rank" in line]
+    assert [row[0] for row in rows] == ["bf16", "fp8dist:rowwise"] * 2
+    title, first, second = lines[-3:]
+    assert title[:3] == ["of", "2", "rounds:"]
+    assert first == ["bf16", "x1.000", "1.000", "to", "1.000"]
+    assert second[0] == "fp8dist:rowwise"
+
+
+def test_a_round_is_compared_to_its_own_first_variant() -> None:
+    """The second of three is on a machine that is half as fast."""
+    program = load_program("bench_step")
+
+    def measured(variant: str, rate: float) -> Any:
+        row = program.Row(variant, rate, 0.0, None, None, 0.0, 0.0)
+        return program.Measured(row, "", torch.zeros(1))
+
+    rates = {"a": [100, 50, 100], "b": [120, 65, 140], "a again": [100, 50, 90]}
+    found = [measured(name, rates[name][i]) for i in range(3) for name in rates]
+    lines = program.of_rounds(found, 3).splitlines()
+    assert lines[0].startswith("of 3 rounds")
+    assert [line.split("  ")[-1] for line in lines[1:]] == [
+        "1.000 to 1.000",
+        "1.200 to 1.400",
+        "0.900 to 1.000",
+    ]
+    assert [line.split("x")[1][:5] for line in lines[1:]] == ["1.000", "1.300", "1.000"]
 
 
 def run_main(*arguments: str, compare: Any = None) -> None:
@@ -80,6 +120,7 @@ def test_refuses_a_variant_that_does_not_exist(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--rounds 0", "--rounds: 0, must be"),
         ("--variants bf16,bf16+recompute --no-compile", "outputs of layers are kept"),
         ("--variants fp8dist:rowwise+offload --profile", "not seem idle"),
         ("--variants bf16+recompute --offload 1", "--offload: no variant has it"),
@@ -100,15 +141,12 @@ def test_refuses_layers_that_do_not_exist(capsys: pytest.CaptureFixture[str]) ->
     assert "choose from" in capsys.readouterr().err
 
 
-SMALL = "--layers=1 --dim=128 --ffn=256 --vocab=256 --seq=32".split()
-
-
 def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
     """Also how many parameters each module that was sharded holds, with its reduce-scatter."""
     program = load_program("bench_step")
     made: dict[str, Any] = {}
 
-    def compare(names: list[str], measure: Any, args: Any) -> None:
+    def compare(names: list[str], measure: Any, args: Any, _: Any) -> None:
         mesh = init_device_mesh(DEVICE, (1,))
         training = program.Training(variant, args, mesh)
         layer = training.model.layers[0]
@@ -186,7 +224,7 @@ def losses_of(variants: list[str]) -> list[list[float]]:
     program = load_program("bench_step")
     losses: list[list[float]] = []
 
-    def compare(names: list[str], measure: Any, args: Any) -> None:
+    def compare(names: list[str], measure: Any, args: Any, _: Any) -> None:
         mesh = init_device_mesh(DEVICE, (2,))
         for name in names:
             training = program.Training(name, args, mesh)
