@@ -129,8 +129,8 @@ def _divided(
 class Prepared(NamedTuple):
     """What a function does to parts, as often as it is called, on the stream on which it was made.
 
-    Until then the tensors of the parts, which it keeps, may move together: see [Note: made ready]
-    in `precompute`.
+    The parts are kept. Between two calls those of their tensors that share a storage may move with
+    it, and no others: see [Note: made ready] in `precompute`.
     """
 
     parts: Sequence[Any]
