@@ -33,7 +33,13 @@ from fp8dist.shard import Shard, Size, scales_size
 
 
 class _Pass:
-    """Made ready for shards, with what is read or written for each of them; it keeps all of it."""
+    """Made ready for shards, with what is read or written for each of them; it keeps all of it.
+
+    Args:
+        scales: for each shard, its `shard.empty_scales`.
+        payloads: for each shard, (padded n, `shard.payload_columns`), uint8, or None.
+        device: where the pass has its buffers.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,10 @@ class _Pass:
         self.shards, self.scales, self.payloads = list(shards), list(scales), list(payloads)
         self.device = device
         self._place = self._place_now()
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        raise NotImplementedError
 
     def _place_now(self) -> tuple[Any, ...]:
         """What may change while tensors are the same: the current stream, see `kernels.Prepared`,
@@ -108,24 +118,16 @@ class _Region(NamedTuple):
 class ScalePass(_Pass):
     """Computes the scales of all weights, with one all-reduce.
 
-    Args:
-        scales: for each shard, to be written to: its `shard.empty_scales`.
-        payloads: for each shard, to be cast in the pass that finds amaxes, as `CastPass` does, if
-            it is `cast_by_rows` and no rank that takes part has a copy of it; or None.
-        device: where scales are and the collective runs.
+    Scales are on its device, where the collective runs. Payloads are those that are cast in the
+    pass that finds amaxes, as `CastPass` does: of a shard that is `cast_by_rows`, of which no rank
+    that takes part has a copy.
 
     Attributes:
         ends: for each weight, where its amaxes end in what `run` returns.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scales: Sequence[list[torch.Tensor]],
-        payloads: Sequence[torch.Tensor | None],
-        device: torch.device,
-    ) -> None:
-        super().__init__(shards, scales, payloads, device)
+    def _make_ready(self) -> None:
+        shards, scales, device = self.shards, self.scales, self.device
         self.ends = list(accumulate(sum(map(math.prod, shard.amax_sizes)) for shard in shards))
         regions = [_Region(shard, block) for shard in shards for block in shard.reduced_blocks]
         counts = [math.prod(region.size) for region in regions]
@@ -302,74 +304,53 @@ def all_reduce_amaxes(amaxes: torch.Tensor, group: dist.ProcessGroup) -> None:
 
 
 class CastPass(_Pass):
-    """Casts shards into the bytes that their rank contributes to the all-gathers.
-
-    Args:
-        scales: for each shard, as `ScalePass` writes them; nothing if it is packed.
-        payloads: for each shard, (padded n, `shard.payload_columns`), uint8; rows from n on are
-            left as they are.
+    """Casts shards, which are on its device, into the bytes that their rank contributes to the
+    all-gathers. Rows of a payload after those of its shard are left as they are.
 
     Attributes:
-        not_finite: (how many are packed,), float32, once it has run: Inf for a shard with a NaN or
-            Inf, else 0.
+        not_finite: if any is packed, (how many shards,), float32, once it has run: Inf for a packed
+            one with a NaN or Inf, else 0; otherwise empty.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        scales: Sequence[list[torch.Tensor]],
-        payloads: Sequence[torch.Tensor],
-    ) -> None:
-        super().__init__(shards, scales, payloads, shards[0].data.device)
-        packed_count = sum(shard.packed for shard in shards)
-        self.not_finite = torch.empty(packed_count, dtype=torch.float32, device=self.device)
-        own = [
-            None if shard.packed else mine[0] for shard, mine in zip(shards, scales, strict=True)
-        ]
-        # Exponents, and scales on another device, which are converted at each run.
-        given = [x for x in own if x is not None and self._is_converted(x)]
-        self._buffer = Buffer([x[-1].numel() for x in given], self.device)
-        with self._buffer:
-            views = [
-                view.view(x[-1].shape) for view, x in zip(self._buffer.parts, given, strict=True)
-            ]
-            self._converted = list(zip(views, given, strict=True))
-            self._ready_to_cast(own, iter(views), iter(self.not_finite.split([1] * packed_count)))
-
-    def _is_converted(self, scales: torch.Tensor) -> bool:
-        return scales.dtype == torch.uint8 or scales.device != self.device
-
-    def _ready_to_cast(
-        self,
-        own: Sequence[torch.Tensor | None],
-        converted: Iterator[torch.Tensor],
-        not_finite: Iterator[torch.Tensor],
-    ) -> None:
+    def _make_ready(self) -> None:
+        count = len(self.shards) if any(shard.packed for shard in self.shards) else 0
+        self.not_finite = torch.empty(count, dtype=torch.float32, device=self.device)
+        of_shards = list(zip(self.shards, self.scales, self.payloads, strict=True))
+        # Exponents, and scales on another device, are converted at each run.
+        given = {
+            i: scales[0]
+            for i, (shard, scales, _) in enumerate(of_shards)
+            if not shard.packed
+            and (scales[0].dtype == torch.uint8 or scales[0].device != self.device)
+        }
+        self._buffer = Buffer([scales[-1].numel() for scales in given.values()], self.device)
         parts, packed = [], []
-        blocks: dict[bool, set[Block]] = {True: set(), False: set()}
-        for shard, mine, payload in zip(self.shards, own, self.payloads, strict=True):
-            if payload is None:
-                raise AssertionError(f"a shard of {shard.whole} is cast to nowhere")
-            rows, recipe = payload[: shard.data.size(0)], shard.recipe
-            if mine is None:
-                where = rows, next(not_finite)
-                if shard.data.numel() > 0:
+        with self._buffer:
+            pairs = zip(given.items(), self._buffer.parts, strict=True)
+            converted = {i: part.view(scales[-1].shape) for (i, scales), part in pairs}
+            self._converted = [(converted[i], scales) for i, scales in given.items()]
+            for i, (shard, scales, payload) in enumerate(of_shards):
+                if payload is None:
+                    raise AssertionError(f"a shard of {shard.whole} is cast to nowhere")
+                if shard.data.numel() == 0:
+                    continue
+                rows, recipe = payload[: shard.data.size(0)], shard.recipe
+                if shard.packed:
+                    where = rows, self.not_finite[i : i + 1]
                     packed.append(PackPart(shard.data, recipe.weight, recipe.weight_dtype, *where))
-                continue
-            is_converted = self._is_converted(mine)
-            blocks[is_converted].add(recipe.weight)
-            scale = next(converted) if is_converted else mine[-1]
-            if shard.data.numel() == 0:
-                continue
-            out = rows.view(recipe.weight_dtype)
-            for first, row, count in shard.spans:
-                here = slice(first, first + count)
-                start = (row, shard.start[1])
-                parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
-        if both := blocks[True] & blocks[False]:
-            raise AssertionError(f"scales of {both}, of one launch, would not stay in one storage")
-        self._cast = kernels.prepare_cast_into(parts)
-        self._pack = kernels.prepare_pack_into(packed)
+                    continue
+                scale = converted[i] if i in converted else scales[0][-1]
+                out = rows.view(recipe.weight_dtype)
+                for first, row, rows_count in shard.spans:
+                    here = slice(first, first + rows_count)
+                    start = (row, shard.start[1])
+                    parts.append(CastPart(shard.data[here], start, recipe.weight, scale, out[here]))
+            self._cast = kernels.prepare_cast_into(parts)
+            self._pack = kernels.prepare_pack_into(packed)
+        # Of one block, and so of one launch, all scales stay where they are or none does.
+        kinds = {(s.recipe.weight, i in given) for i, s in enumerate(self.shards) if not s.packed}
+        if len(kinds) > len({block for block, _ in kinds}):
+            raise AssertionError(f"of blocks {kinds}, of one launch, some scales are converted")
 
     def run(self) -> None:
         with self._buffer:

@@ -142,7 +142,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_fill_amaxes(parts: Sequence[AmaxPart]) -> Prepared:
-    """`fill_amaxes`, without looking at the parts again."""
+    """Of `numerics.fill_amaxes`."""
 
     def in_kernel(part: AmaxPart) -> bool:
         # The kernel writes whole rows of blocks: a shard of some columns is left to numerics,
@@ -168,7 +168,7 @@ def prepare_fill_amaxes(parts: Sequence[AmaxPart]) -> Prepared:
 
 
 def prepare_cast_into(parts: Sequence[CastPart]) -> Prepared:
-    """`cast_into`, without looking at the parts again."""
+    """Of `numerics.cast_into`."""
 
     def in_kernel(part: CastPart) -> bool:
         # Where a shard of columns begins within a block, the kernel's tiles are not its blocks.
@@ -182,22 +182,7 @@ def prepare_cast_into(parts: Sequence[CastPart]) -> Prepared:
 
 
 def prepare_pack_into(parts: Sequence[PackPart]) -> Prepared:
-    """`pack_into`, without looking at the parts again."""
+    """Of `numerics.pack_into`."""
     for_kernel, others = _divided(parts, lambda part: _in_rows(part.x))
     calls = list(weight_launch.pack_into(for_kernel)) if for_kernel else []
     return Prepared(parts, [*calls, functools.partial(numerics.pack_into, others)])
-
-
-def fill_amaxes(parts: Sequence[AmaxPart]) -> None:
-    """See `numerics.fill_amaxes`."""
-    prepare_fill_amaxes(parts)()
-
-
-def cast_into(parts: Sequence[CastPart]) -> None:
-    """See `numerics.cast_into`."""
-    prepare_cast_into(parts)()
-
-
-def pack_into(parts: Sequence[PackPart]) -> None:
-    """See `numerics.pack_into`."""
-    prepare_pack_into(parts)()

@@ -54,7 +54,6 @@ class WeightState:
         # Of which parameter and, last, of which plain tensor in it; see `shard_now`.
         self.shard: tuple[DTensor, Shard, torch.Tensor] | None = None
         self.groups: Groups = ()  # who hold the weight together, set with `shard`
-        self.ranks = 1  # in these
         self.payload: torch.Tensor | None = None  # uint8
         self.payload_is_current = False
         self.cast_by_rows = False  # whether it would be in the pass that found the amaxes
@@ -75,7 +74,6 @@ class WeightState:
             gathered = self.gathered is not False
             self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn), data
             self.groups = groups_of(param, cut_of(param, gathered, self.fqn))
-            self.ranks = _size(self.groups)
             self.scale_pass = self.cast_pass = None
         return self.shard[1]
 
@@ -176,7 +174,7 @@ def update_scales(
         state.payload_is_current = False
         # Where more ranks take part than hold the weight once, there are copies of it, which may
         # differ: all are cast by the amaxes of all then, which are not there yet.
-        state.cast_by_rows = shard.cast_by_rows and ranks == state.ranks
+        state.cast_by_rows = shard.cast_by_rows and ranks == _size(state.groups)
     scale_pass = _kept_scale_pass(states, shards, device) if keep else None
     if scale_pass is None:
         if keep:
@@ -302,7 +300,7 @@ def cast_payloads(
                 raise AssertionError(f"{state.fqn}: no scales to cast the payload with")
             known.append(state.scales)
         to = [_payload_for(state, shard) for state, shard in zip(states, shards, strict=True)]
-        cast_pass = CastPass(shards, known, to)
+        cast_pass = CastPass(shards, known, to, device)
     if keep:
         states[0].cast_pass = cast_pass
     _wait_for_moves(states)
@@ -312,8 +310,7 @@ def cast_payloads(
         if state.config.cache_payload:
             state.payload, state.payload_is_current = payload, True
     if cast_pass.not_finite.numel() > 0:
-        packed = [state for state, shard in zip(states, shards, strict=True) if shard.packed]
-        _report("packed", packed, cast_pass.not_finite, list(range(1, len(packed) + 1)))
+        _report("packed", states, cast_pass.not_finite, list(range(1, len(states) + 1)))
     _report_exponents(states)
     return payloads
 

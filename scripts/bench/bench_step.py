@@ -301,8 +301,8 @@ def of_rounds(measured: Sequence[Measured], variants: int) -> str:
     rounds = [measured[i : i + variants] for i in range(0, len(measured), variants)]
     lines = [f"of {len(rounds)} rounds: the median, the least and the most"]
     for of_variant in zip(*rounds, strict=True):
-        pairs = zip(of_variant, rounds, strict=True)
-        ratios = [x.row.tokens_per_second / round[0].row.tokens_per_second for x, round in pairs]
+        pairs = [(x.row, others[0].row) for x, others in zip(of_variant, rounds, strict=True)]
+        ratios = [row.tokens_per_second / first.tokens_per_second for row, first in pairs]
         ends = f"{min(ratios):.3f} to {max(ratios):.3f}"
         lines.append(f"{of_variant[0].row.variant:34s} x{statistics.median(ratios):.3f}  {ends}")
     return "\n".join(lines)

@@ -147,10 +147,11 @@ def amax_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
         return [part_of(x) for x in matrices]
 
     found = parts()
+    fill = kernels.prepare_fill_amaxes(found)
 
     def check() -> None:
         expected = parts()
-        kernels.fill_amaxes(found)
+        fill()
         numerics.fill_amaxes(expected)
         for a, b in zip(found, expected, strict=True):
             check_all_bytes(a.amaxes, b.amaxes, "amaxes")
@@ -161,7 +162,7 @@ def amax_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
     written += [part.out for part in found if part.out is not None]
     writes = sum(tensor.nbytes for tensor in written)
     reads = sum(x.nbytes for x in matrices)
-    return Case(lambda: kernels.fill_amaxes(found), check, reads, writes)
+    return Case(fill, check, reads, writes)
 
 
 def cast_case(work: Work, matrices: Sequence[torch.Tensor]) -> Case:
@@ -200,9 +201,7 @@ def case_into(
 ) -> Case:
     """Of a function that writes what is in `out` of its parts."""
     found = parts()
-
-    def call() -> None:
-        getattr(kernels, function)(found)
+    call = getattr(kernels, f"prepare_{function}")(found)
 
     def check() -> None:
         expected = parts()

@@ -11,64 +11,31 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fp8dist
-from fp8dist import kernels, numerics, precompute_float8_dynamic_scale_for_fsdp
+from fp8dist import numerics, precompute_float8_dynamic_scale_for_fsdp
 from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.shard import empty_scales
 from fp8dist.tensors.weight_state import WeightState
+from tests.unit.calls import Calls, leave_out_kernels
+from tests.unit.sharded_model import INPUT, check_current, sharded, step
 from tests.unit.shards import hp_weight, whole
-
-
-class Count(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_calls_no_more_for_more_weights(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("prepare_fill_amaxes", "prepare_cast_into", "prepare_pack_into"):
-        monkeypatch.setattr(kernels, name, lambda parts: kernels.Prepared(parts, []))
+    leave_out_kernels(monkeypatch)
     counts = []
     for weights in (2, 9):
         layers = [nn.Linear(256, 128, bias=False) for _ in range(weights)]
         model = fp8dist.convert_to_float8_training(nn.Sequential(*layers))
         fully_shard(model, mesh=mesh)
         precompute_float8_dynamic_scale_for_fsdp(model)
-        with Count() as count:
+        with Calls() as calls:
             precompute_float8_dynamic_scale_for_fsdp(model)
-        counts.append(count.calls)
+        counts.append(calls.count)
     assert counts[0] == counts[1] > 0
-
-
-def sharded(mesh: DeviceMesh) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
-    fp8dist.convert_to_float8_training(model)
-    for layer in (model[0], model[2]):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.randn(5, 32)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def check_current(model: nn.Module) -> None:
-    """Scales and payloads are those of the weights, by the definition of tensorwise scaling."""
-    for layer in (model[0], model[2]):
-        shard, state = layer.weight._local_tensor._tensor, layer.weight_state
-        scale = torch.tensor(448 / shard.abs().max().item())
-        assert state.scales[0][1].item() == scale.item()
-        expected = (shard * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-        assert torch.equal(state.payload, expected)
 
 
 @pytest.fixture
@@ -106,7 +73,7 @@ def _drop_payload(model: nn.Module) -> None:
 def _use_first_alone(model: nn.Module) -> None:
     with torch.no_grad():
         model[0].weight.mul_(2)
-    model[0](torch.randn(5, 32))
+    model[0](INPUT)
 
 
 def _scales_elsewhere(model: nn.Module) -> None:
@@ -159,13 +126,13 @@ def test_what_was_replaced_is_kept_by_nothing(
     model = sharded(mesh)
     if precomputed:
         precompute_float8_dynamic_scale_for_fsdp(model)
-    model(torch.randn(5, 32)).sum().backward()
+    model(INPUT).sum().backward()
     precompute_float8_dynamic_scale_for_fsdp(model)
     old = [weakref.ref(model[i].weight._local_tensor._tensor) for i in (0, 2)]
     if replaced:
         copies = {name: x.detach().clone() for name, x in model.state_dict().items()}
         model.load_state_dict(copies, assign=True)
-        model(torch.randn(5, 32))
+        model(INPUT)
         passes = [model[0].weight_state.scale_pass, model[0].weight_state.cast_pass]
         assert passes == [None, None], "of weights that are gone"
         precompute_float8_dynamic_scale_for_fsdp(model)
@@ -200,7 +167,7 @@ def test_after_a_step_that_failed_scales_are_computed_again(
         model[i].reshard()
         for scales in model[i].weight_state.scales:
             scales.fill_(torch.nan)
-    model(torch.randn(5, 32)).sum().backward()
+    model(INPUT).sum().backward()
     check_current(model)
 
 

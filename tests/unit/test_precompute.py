@@ -175,7 +175,7 @@ def test_cast_payloads_fills_the_rows_of_the_shard_and_no_others(
     shard = part(weight, rows, recipe)
     assert payload_columns(shard) == K
     payload = torch.full((6, K), 77, dtype=torch.uint8)
-    CastPass([shard], [[torch.stack([1 / scale, scale])]], [payload]).run()
+    CastPass([shard], [[torch.stack([1 / scale, scale])]], [payload], CPU).run()
     scaled = (weight.float() * scale)[rows].clamp(-448, 448)
     count = rows.stop - rows.start
     assert torch.equal(payload[:count], scaled.to(torch.float8_e4m3fn).view(torch.uint8))
@@ -239,7 +239,7 @@ def test_parts_have_the_scales_and_bytes_of_the_full_weight(
             repeated = numerics.repeat_blocks(scale, torch.Size(shard.size)).expand(shard.size)
             assert torch.equal(repeated, of_part[block])
         payload = torch.zeros(shard.largest[0], payload_columns(shard), dtype=torch.uint8)
-        CastPass([shard], [scales], [payload]).run()
+        CastPass([shard], [scales], [payload], CPU).run()
         mine = tuple(
             slice(start, start + extent)
             for start, extent in zip(shard.start, shard.data.shape, strict=True)

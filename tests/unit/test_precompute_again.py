@@ -1,17 +1,18 @@
 """A pass that runs again gives what one made anew would, and knows when it would not."""
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp8dist import kernels, precompute
+from fp8dist import precompute
 from fp8dist.config import RECIPES
 from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.shard import Shard, empty_scales, payload_columns
+from tests.unit.calls import Calls, leave_out_kernels
 from tests.unit.shards import CPU, TENSORWISE, Group, K, N, grid, hp_weight, whole
 
 CUTS = [((1, 0), (1, 0)), ((2, 0), (1, 0)), ((3, 0), (2, 0)), ((2, 1), (2, 1))]
@@ -29,7 +30,7 @@ def passes_for(shards: list[Shard]) -> tuple[ScalePass, CastPass]:
     scale_pass = ScalePass(shards, scales, in_pass, device)
     rest = [i for i, payload in enumerate(in_pass) if payload is None]
     of_rest = ([of_each[i] for i in rest] for of_each in (shards, scales, payloads))
-    return scale_pass, CastPass(*of_rest) if rest else mock.Mock(payloads=[])
+    return scale_pass, CastPass(*of_rest, device) if rest else mock.Mock(payloads=[])
 
 
 def buffers_of(scale_pass: ScalePass, cast_pass: CastPass) -> list[torch.Tensor]:
@@ -55,7 +56,8 @@ def test_what_runs_again_takes_the_weights_as_they_are_then(
     Its buffers are elsewhere then.
     """
     weight, other = hp_weight(256, 512).to(device), hp_weight().to(device)
-    others = [whole(other, recipe) for recipe in (TENSORWISE, RECIPES["rowwise"], TENSORWISE)]
+    recipes = [TENSORWISE, *(RECIPES[other] for other in ("rowwise", "mxfp8_rceil", "tensorwise"))]
+    others = [whole(other, recipe) for recipe in recipes]
     shards = [others[0], grid(weight, RECIPES[name], fsdp, tp)[-1], *others[1:]]
     kept = passes_for(shards)
     before = [x.clone() for x in found_by(*kept)]
@@ -137,12 +139,21 @@ def test_the_default_dtype_does_not_matter(name: str, dtype: torch.dtype) -> Non
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+def test_scales_of_one_launch_are_in_one_place() -> None:
+    """Exponents are converted into a buffer that moves, where float32 scales stay."""
+    of_words = grid(hp_weight(), RECIPES["mxfp8_rceil"], (5, 0), (1, 0))[0]
+    other = whole(hp_weight(), replace(RECIPES["rowwise"], weight=(1, 32)))
+    assert of_words.exchanges_words and not other.packed
+    with pytest.raises(AssertionError, match="of one launch"):
+        passes_for([of_words, other])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_packed_shard_tells_whether_it_is_finite(bad: float) -> None:
     weights = [hp_weight(seed=i) for i in range(3)]
     shards = [whole(weight, RECIPES["mxfp8_rceil"]) for weight in weights]
     payloads = [torch.zeros(N, payload_columns(shard), dtype=torch.uint8) for shard in shards]
-    cast_pass = CastPass(shards, [[], [], []], payloads)
+    cast_pass = CastPass(shards, [[], [], []], payloads, CPU)
     for i, j in ((1, 40), (2, 0)):
         cast_pass.run()
         assert cast_pass.not_finite.tolist() == [0, 0, 0]
@@ -158,20 +169,12 @@ KINDS = {
 }
 
 
-class Count(TorchDispatchMode):
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
 def calls_of_a_run(shards: list[Shard]) -> int:
     scale_pass, cast_pass = passes_for(shards)
     found_by(scale_pass, cast_pass)
-    with Count() as count:
+    with Calls() as calls:
         found_by(scale_pass, cast_pass)
-    return count.calls
+    return calls.count
 
 
 @pytest.mark.parametrize(
@@ -187,9 +190,7 @@ def calls_of_a_run(shards: list[Shard]) -> int:
 def test_a_run_calls_no_more_for_more_weights(
     kind: str, fsdp: tuple[int, int], tp: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What launches kernels, and works on each weight on a CPU, is left out."""
-    for name in ("prepare_fill_amaxes", "prepare_cast_into", "prepare_pack_into"):
-        monkeypatch.setattr(kernels, name, lambda parts: kernels.Prepared(parts, []))
+    leave_out_kernels(monkeypatch)
     counts = []
     for times in (1, 3):
         shards = [

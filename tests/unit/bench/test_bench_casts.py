@@ -108,9 +108,9 @@ def test_a_shifted_weight_has_its_reciprocals(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "name, recipe",
     [
-        ("fill_amaxes", "rowwise"),
-        ("cast_into", "rowwise"),
-        ("pack_into", "mxfp8_rceil"),
+        ("prepare_fill_amaxes", "rowwise"),
+        ("prepare_cast_into", "rowwise"),
+        ("prepare_pack_into", "mxfp8_rceil"),
         ("quantize_both", "rowwise"),
         ("rescale_transposed", "rowwise"),
     ],
@@ -118,26 +118,30 @@ def test_a_shifted_weight_has_its_reciprocals(name: str, monkeypatch: pytest.Mon
 def test_what_is_wrong_is_not_timed(
     name: str, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = getattr(numerics, name)
+    right = getattr(numerics, name.removeprefix("prepare_"))
 
     def flip(x: torch.Tensor) -> torch.Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
         x.view(torch.uint8)[-1, -1] ^= 1
         return x
 
+    def prepare_wrong(parts: Any) -> Any:
+        written = parts[-1].amaxes[-1] if name == "prepare_fill_amaxes" else parts[-1].out
+
+        def call() -> None:
+            right(parts)
+            written.copy_(flip(written))
+
+        return call
+
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
-        if name == "fill_amaxes":
-            found = arguments[0][-1].amaxes[-1]
-        if name in ("cast_into", "pack_into"):
-            found = arguments[0][-1].out
-        if isinstance(found, torch.Tensor):
-            return found.copy_(flip(found))
         if isinstance(found, numerics.Scaled):
             return found._replace(data=flip(found.data))
         return tuple(x and x._replace(data=flip(x.data)) for x in found)
 
-    monkeypatch.setattr(load_program("cast_cases").kernels, name, wrong)
+    replaced = prepare_wrong if name.startswith("prepare_") else wrong
+    monkeypatch.setattr(load_program("cast_cases").kernels, name, replaced)
     assert run("--shapes=128x128", f"--recipes={recipe}") == 1
     lines = capsys.readouterr().out.splitlines()
     wrong_lines = [line for line in lines if "is wrong and not timed" in line]

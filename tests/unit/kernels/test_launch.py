@@ -79,8 +79,8 @@ def test_kernels_run_where_the_tensors_are() -> None:
         with torch.cuda.device(current):
             found = kernels.quantize_both(x, ROW, COLUMN, torch.float8_e4m3fn, "power_of_2")
             amaxes, out = torch.zeros_like(amax), torch.empty_like(want)
-            kernels.fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes])])
-            kernels.cast_into([CastPart(x, (0, 0), ROW, scale, out)])
+            kernels.prepare_fill_amaxes([AmaxPart(x, (0, 0), [ROW], [amaxes])])()
+            kernels.prepare_cast_into([CastPart(x, (0, 0), ROW, scale, out)])()
             assert torch.cuda.current_device() == current
         for got, expected in zip(found, want_both, strict=True):
             assert_same_bytes(got.data, expected.data)

@@ -58,7 +58,7 @@ def test_amaxes_and_a_cast_by_rows(content, dtype, scale_format, multiprocessors
                         out = written[kind][-1][start:end]
                         place = whole[start:end], (start, 0)
                         parts[kind].append(AmaxPart(*place, blocks, amaxes, out, scale_format))
-        kernels.fill_amaxes(parts["got"])
+        kernels.prepare_fill_amaxes(parts["got"])()
         numerics.fill_amaxes(parts["want"])  # the last part's columns are left, not the largest
         for i, shape in enumerate(shapes):
             first = i * (len(blocks) + 1)
@@ -76,7 +76,7 @@ def test_rows_are_cast_in_one_launch_with_their_amaxes() -> None:
         out = torch.empty(rows, 128).cuda().to(torch.float8_e4m3fn)
         parts.append(AmaxPart(x, (0, 0), [ROW], [amaxes], out, "power_of_2"))
     with launched() as names:
-        kernels.fill_amaxes(parts)
+        kernels.prepare_fill_amaxes(parts)()
     assert names == ["cast_rows_kernel"]
 
 
@@ -101,7 +101,7 @@ def test_matrices_are_packed_with_their_scales(content, dtype):
                 not_finite = torch.zeros(1).cuda()
                 of_kind.append(PackPart(x, (1, 32), E4M3, payload[:rows], not_finite))
         with launched() as names:
-            kernels.pack_into(parts["got"])
+            kernels.prepare_pack_into(parts["got"])()
         assert names == ["pack_kernel"]
         numerics.pack_into(parts["want"])
         for got, want, part in zip(payloads["got"], payloads["want"], parts["got"], strict=True):

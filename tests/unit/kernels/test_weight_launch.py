@@ -44,7 +44,7 @@ def test_cast_into(dtype, content):
                     part = CastPart(whole[start:end], (start, 0), block, scale, out)
                     parts[kind].append(part)
                     payloads[kind].append(mine)
-        kernels.cast_into(parts["got"])
+        kernels.prepare_cast_into(parts["got"])()
         numerics.cast_into(parts["want"])
         for got, want in zip(payloads["got"], payloads["want"], strict=True):
             assert_same_bytes(got.view(torch.float8_e4m3fn), want.view(torch.float8_e4m3fn))
@@ -58,7 +58,7 @@ def test_cast_into_of_some_columns(block, start, end):
     scale = numerics.amax_to_scale(numerics.amax(whole, block), torch.float8_e4m3fn, "exact")
     got, want = (torch.zeros(256, end - start).cuda().to(torch.float8_e4m3fn) for _ in range(2))
     part = CastPart(whole[:, start:end].contiguous(), (0, start), block, scale, got)
-    kernels.cast_into([part])
+    kernels.prepare_cast_into([part])()
     numerics.cast_into([part._replace(out=want)])
     assert_same_bytes(got, want)
     assert want.float().abs().max() > 0
@@ -85,7 +85,7 @@ def test_fill_amaxes(content, cuts, enough, monkeypatch):
             all_amaxes += amaxes
             for start, end in itertools.pairwise((0, *(x for x in cuts if x < shape[0]), shape[0])):
                 parts.append(AmaxPart(whole[start:end], (start, 0), blocks, amaxes))
-        kernels.fill_amaxes(parts)
+        kernels.prepare_fill_amaxes(parts)()
         for got, want in zip(all_amaxes, expected, strict=True):
             assert_same_bytes(got, want)
     weight_launch._table.cache_clear()
@@ -104,7 +104,7 @@ def test_fill_amaxes_keeps_larger_ones():
     x = make((128, 128), "normal", torch.float32)
     blocks = [(-1, -1), (1, -1)]
     amaxes = [torch.full((1, 1), 1e6).cuda(), torch.zeros(128, 1).cuda()]
-    kernels.fill_amaxes([AmaxPart(x, (0, 0), blocks, amaxes)])
+    kernels.prepare_fill_amaxes([AmaxPart(x, (0, 0), blocks, amaxes)])()
     assert amaxes[0].item() == 1e6
     assert_same_bytes(amaxes[1], x.abs().amax(1, keepdim=True))
 
