@@ -105,7 +105,8 @@ def convert_to_float8_training(
         module_filter_fn: (module, fully qualified name) -> whether to convert the layer; None
             stands for `float8_module_filter(recipe, [])`.
 
-    Layers that torchao has converted keep the config they have, whatever `config` says.
+    Layers that torchao has converted, or this function before, keep the config they have, whatever
+    `config` says; of the latter a warning tells if that is another.
 
     Returns:
         module.
@@ -119,9 +120,13 @@ def convert_to_float8_training(
     owners = parameter_owners(module)
     converted: dict[str, list[str]] = defaultdict(list)
     left_alone: dict[str, list[str]] = defaultdict(list)
+    before: dict[str, bool] = {}
     chosen: list[tuple[str, nn.Linear, Float8Config]] = []
     for fqn, linear in linears.items():
         float8_config, reason = _choose(rules, linear, fqn)
+        if isinstance(linear, Float8Linear):
+            before[fqn] = float8_config in (None, linear.config)
+            continue
         reason = reason or _cannot_convert(linear, owners)
         if reason is not None or float8_config is None:
             left_alone[reason or "rejected by module_filter_fn"].append(fqn)
@@ -133,7 +138,12 @@ def convert_to_float8_training(
         converted[float8_config.recipe_name].append(fqn)
     if chosen:
         patch_inductor()
+    log_converted_before(before)
     _log(converted, left_alone, rules, list(linears))
+    if not chosen and not before:
+        logger.warning(
+            "no linear layer was converted to float8: the model trains in high precision"
+        )
     return module
 
 
@@ -207,8 +217,6 @@ def parameter_owners(module: nn.Module) -> Counter[int]:
 def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
     """Why a layer that the filter accepts is left alone all the same, or None."""
     weight = linear._parameters.get("weight")
-    if isinstance(linear, Float8Linear):
-        return "converted before"
     if weight is None:
         return "its weight is not a plain parameter"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
@@ -289,9 +297,17 @@ def _log(
     for filter_fn, _ in rules:
         if isinstance(filter_fn, float8_module_filter) and (unmatched := filter_fn.unmatched(fqns)):
             logger.warning("filter_fqns that match no linear layer: %s", ", ".join(unmatched))
-    if not converted:
+
+
+def log_converted_before(before: dict[str, bool]) -> None:
+    """Of each, by its name, whether it has the config that was asked for now."""
+    if same := [fqn for fqn, is_same in before.items() if is_same]:
+        logger.info("in float8, converted before: %s", summary(same))
+    if others := [fqn for fqn, is_same in before.items() if not is_same]:
         logger.warning(
-            "no linear layer was converted to float8: the model trains in high precision"
+            "in float8, converted before with another config, which they keep: %s: convert a model "
+            "once, or name other layers",
+            summary(others),
         )
 
 

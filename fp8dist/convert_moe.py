@@ -11,7 +11,13 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from fp8dist.config import HP_DTYPES, Float8Config
-from fp8dist.convert import as_config, parameter_owners, patch_inductor, summary
+from fp8dist.convert import (
+    as_config,
+    log_converted_before,
+    parameter_owners,
+    patch_inductor,
+    summary,
+)
 from fp8dist.experts import Float8ShardedExperts
 from fp8dist.linear import plain, wrap_weight
 from fp8dist.tensors.weight_state import WeightState
@@ -31,7 +37,8 @@ def convert_moe_to_float8_training(
     and an exchange of the last two dimensions. Any other op on such a weight sees its value.
 
     Call it before `fully_shard` and before the optimizer is made: each weight becomes a new
-    parameter with the attributes, but not the hooks, of the old one.
+    parameter with the attributes, but not the hooks, of the old one. Weights that it has converted
+    before keep their config; a warning tells if that is another.
 
     Args:
         module: a model; changed in place.
@@ -55,8 +62,12 @@ def convert_moe_to_float8_training(
     owners = parameter_owners(module)
     chosen: dict[str, tuple[nn.Module, str]] = {}
     left_alone: dict[str, list[str]] = defaultdict(list)
+    before: dict[str, bool] = {}
     for part in ("experts",) if fqns is None else fqns:
         for fqn, owner, name in _weights_under(module, part):
+            if state := vars(owner).get("expert_states", {}).get(name):
+                before[fqn] = state.config == float8_config
+                continue
             if reason := _cannot_convert(getattr(owner, name), owners):
                 if fqn not in left_alone[reason]:
                     left_alone[reason].append(fqn)
@@ -70,7 +81,8 @@ def convert_moe_to_float8_training(
         logger.info("float8 %s experts: %s", float8_config.recipe_name, summary(list(chosen)))
     for reason, names in left_alone.items():
         logger.info("experts left in high precision, %s: %s", reason, summary(names))
-    if not chosen:
+    log_converted_before(before)
+    if not chosen and not before:
         logger.warning("no experts were converted to float8")
     return module
 
@@ -130,10 +142,6 @@ def _modules_with_3d(root: nn.Module) -> str:
 
 def _cannot_convert(weight: torch.Tensor, owners: Counter[int]) -> str | None:
     """Why a weight that fqns mean is left alone all the same, or None."""
-    if isinstance(weight, Float8ShardedExperts):
-        return "converted before"
-    if isinstance(weight, DTensor) and isinstance(weight._local_tensor, Float8ShardedExperts):
-        return "converted before"
     if owners[id(weight)] > 1:
         return "tied to another module's weight"
     if weight.dtype not in HP_DTYPES:

@@ -124,13 +124,28 @@ def test_a_linear_layer_by_itself_is_converted_in_place() -> None:
 
 
 def test_converting_twice_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    module = fp8dist.convert_to_float8_training(model(), config=Float8Config(cache_payload=False))
+    config = Float8Config(cache_payload=False)
+    module = fp8dist.convert_to_float8_training(model(), config=config)
     weights = [module.get_submodule(fqn).weight for fqn in ALL]
     with caplog.at_level(logging.INFO, logger="fp8dist"):
-        fp8dist.convert_to_float8_training(module)
+        fp8dist.convert_to_float8_training(module, config=config)
     assert [module.get_submodule(fqn).weight for fqn in ALL] == weights
-    assert not module.output.config.cache_payload
-    assert "converted before" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert caplog.text.count("in float8, converted before: ") == 1
+
+
+def test_another_config_for_layers_that_were_converted_before_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = fp8dist.convert_to_float8_training(model(), config="rowwise")
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        fp8dist.convert_to_float8_training(module, module_filter_fn=lambda _, fqn: fqn == "output")
+    assert module.output.config.recipe_name == "rowwise"
+    assert "left in high precision" not in caplog.text  # not those that the filter rejects either
+    same, other = caplog.records
+    assert same.levelname == "INFO" and "output" not in same.getMessage()
+    assert other.levelname == "WARNING"
+    assert "another config, which they keep: output: " in other.getMessage()
 
 
 class Scaled(nn.Linear):

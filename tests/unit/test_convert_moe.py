@@ -69,7 +69,14 @@ def test_several_entries_and_models_that_were_converted_before(
     assert model["a"].experts.w1 is before
     assert len(converted(model)) == 6
     assert "b.experts.w1, b.experts.w3, b.experts.w2" in caplog.text
-    assert "converted before: a.experts.w1, a.experts.w3, a.experts.w2" in caplog.text
+    assert "in float8, converted before: a.experts.w1, a.experts.w3, a.experts.w2" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fp8dist"):
+        fp8dist.convert_moe_to_float8_training(model, config="mxfp8", fqns=["a.experts"])
+    assert before.config.recipe.name == "rowwise"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "another config, which they keep: a.experts.w1, " in record.getMessage()
 
 
 def test_tied_and_integer_weights_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
