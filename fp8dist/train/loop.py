@@ -174,6 +174,12 @@ class Trainer:
         self.record.restore_history(progress)
         step = len(self.record.losses)
         logger.info("resuming after step %d", step)
+        if step >= self.job.training.steps:
+            logger.warning(
+                "nothing is left to train: the checkpoint is of step %d, training.steps is %d",
+                step,
+                self.job.training.steps,
+            )
         return step
 
     def _finish(self) -> None:

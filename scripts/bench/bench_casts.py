@@ -37,7 +37,7 @@ from harness import (
 
 from fp8dist.config import RECIPES
 
-DEFAULT_SHAPES = "8192x14336,4096x14336,8192x4096,1024x2048,512x512"
+DEFAULT_SHAPES = "8192x14336,4096x14336,8192x4096,1024x2048,512x512" if CUDA else "512x512"
 SMALL = 2**22
 """Elements below which a weight is also timed as one of many, of together `MANY` elements."""
 MANY = 2**25 if CUDA else 2**16

@@ -301,8 +301,7 @@ def of_rounds(measured: Sequence[Measured], variants: int) -> str:
     rounds = [measured[i : i + variants] for i in range(0, len(measured), variants)]
     lines = [f"of {len(rounds)} rounds: the median, the least and the most"]
     for of_variant in zip(*rounds, strict=True):
-        pairs = [(x.row, others[0].row) for x, others in zip(of_variant, rounds, strict=True)]
-        ratios = [row.tokens_per_second / first.tokens_per_second for row, first in pairs]
+        ratios = [each.row.ratio for each in of_variant]
         ends = f"{min(ratios):.3f} to {max(ratios):.3f}"
         lines.append(f"{of_variant[0].row.variant:34s} x{statistics.median(ratios):.3f}  {ends}")
     return "\n".join(lines)
@@ -385,10 +384,11 @@ def main() -> None:
     init_distributed()
     mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     compare(
-        names * args.rounds,
+        names,
         lambda name, first: measure(name, args, mesh, first),
         args,
         (lambda measured: of_rounds(measured, len(names))) if args.rounds > 1 else None,
+        args.rounds,
     )
 
 

@@ -317,17 +317,21 @@ def compare(
     measure: Callable[[str, M | None], M],
     args: argparse.Namespace,
     summarize: Callable[[Sequence[M]], str] | None = None,
+    rounds: int = 1,
 ) -> None:
     """Measure variants, print them and write `args.json`, leave the process group and exit.
 
     Args:
-        measure: takes a name and what was measured of the first; raises WrongResult.
+        measure: takes a name and what was measured of the first of the round; raises WrongResult.
         args: of the command line.
         summarize: what is printed last, of all that was measured, unless one was wrong.
+        rounds: how often the variants are measured, in turns.
     """
     rows, found = [], []
     first, wrong = None, False
-    for name in names:
+    for i, name in enumerate([*names] * rounds):
+        if i % len(names) == 0:
+            first = None
         try:
             measured = measure(name, first)
         except WrongResult as error:

@@ -46,7 +46,8 @@ def test_prints_and_saves_a_row_per_variant(tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), abs=0.1)
 
 
-def test_measures_in_turns() -> None:
+def test_measures_in_turns(tmp_path: Path) -> None:
+    saved = tmp_path / "step.json"
     run = run_program(
         "bench_step",
         *SMALL,
@@ -54,8 +55,14 @@ def test_measures_in_turns() -> None:
         "--no-compile",
         "--variants=bf16,fp8dist:rowwise",
         "--rounds=2",
+        f"--json={saved}",
     )
     assert run.returncode == 0, run.stderr
+    saved_rows = json.loads(saved.read_text())["rows"]
+    for first, second in (saved_rows[:2], saved_rows[2:]):
+        assert first["ratio"] == 1
+        rates = second["tokens_per_second"], first["tokens_per_second"]
+        assert second["ratio"] == pytest.approx(rates[0] / rates[1])
     lines = [line.split() for line in run.stdout.splitlines()]
     rows = [line for line in lines if "tok/s/rank" in line]
     assert [row[0] for row in rows] == ["bf16", "fp8dist:rowwise"] * 2
@@ -65,16 +72,15 @@ def test_measures_in_turns() -> None:
     assert second[0] == "fp8dist:rowwise"
 
 
-def test_a_round_is_compared_to_its_own_first_variant() -> None:
-    """The second of three is on a machine that is half as fast."""
+def test_rounds_are_put_together_by_variant() -> None:
     program = load_program("bench_step")
 
-    def measured(variant: str, rate: float) -> Any:
-        row = program.Row(variant, rate, 0.0, None, None, 0.0, 0.0)
+    def measured(variant: str, ratio: float) -> Any:
+        row = program.Row(variant, 100.0, ratio, None, None, 0.0, 0.0)
         return program.Measured(row, "", torch.zeros(1))
 
-    rates = {"a": [100, 50, 100], "b": [120, 65, 140], "a again": [100, 50, 90]}
-    found = [measured(name, rates[name][i]) for i in range(3) for name in rates]
+    ratios = {"a": [1.0, 1.0, 1.0], "b": [1.2, 1.3, 1.4], "a again": [1.0, 1.0, 0.9]}
+    found = [measured(name, ratios[name][i]) for i in range(3) for name in ratios]
     lines = program.of_rounds(found, 3).splitlines()
     assert lines[0].startswith("of 3 rounds")
     assert [line.split("  ")[-1] for line in lines[1:]] == [
@@ -146,7 +152,7 @@ def what_flags_do(variant: str, flags: str) -> dict[str, Any]:
     program = load_program("bench_step")
     made: dict[str, Any] = {}
 
-    def compare(names: list[str], measure: Any, args: Any, _: Any) -> None:
+    def compare(names: list[str], measure: Any, args: Any, *_: Any) -> None:
         mesh = init_device_mesh(DEVICE, (1,))
         training = program.Training(variant, args, mesh)
         layer = training.model.layers[0]
@@ -224,7 +230,7 @@ def losses_of(variants: list[str]) -> list[list[float]]:
     program = load_program("bench_step")
     losses: list[list[float]] = []
 
-    def compare(names: list[str], measure: Any, args: Any, _: Any) -> None:
+    def compare(names: list[str], measure: Any, args: Any, *_: Any) -> None:
         mesh = init_device_mesh(DEVICE, (2,))
         for name in names:
             training = program.Training(name, args, mesh)

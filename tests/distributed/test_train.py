@@ -10,15 +10,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fp8dist.train import compare, model
+from fp8dist.train import compare, loop, model
 from fp8dist.train.config import parse_config
 from fp8dist.train.documents import find_documents
-from fp8dist.train.loop import Trainer
 from fp8dist.train.model import ModelShape
 from tests.distributed import programs
 from tests.distributed.harness import DEVICE, run_on_ranks
@@ -65,7 +65,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     """On every rank: one run of the tiny model; its record."""
     model.FLAVORS["tiny"] = TINY
     device = torch.device(DEVICE, torch.cuda.current_device() if DEVICE == "cuda" else None)
-    return Trainer(parse_config(argv), device).train().to_dict()
+    return loop.Trainer(parse_config(argv), device).train().to_dict()
 
 
 def refusal(argv: list[str]) -> str:
@@ -73,6 +73,13 @@ def refusal(argv: list[str]) -> str:
     with pytest.raises(ValueError) as caught:
         train(argv)
     return str(caught.value)
+
+
+def warnings(argv: list[str]) -> list[str]:
+    """On every rank: what the loop warns of."""
+    with mock.patch.object(loop.logger, "warning") as warning:
+        train(argv)
+    return [call.args[0] % call.args[1:] for call in warning.call_args_list]
 
 
 def test_resume_goes_on_bitwise(tmp_path: Path, text: Path) -> None:
@@ -88,6 +95,8 @@ def test_resume_goes_on_bitwise(tmp_path: Path, text: Path) -> None:
     assert resumed["grad_norms"] == whole["grad_norms"]
     saved = json.loads((tmp_path / "run.json").read_text())
     assert saved["losses"] == whole["losses"]
+    left = "nothing is left to train: the checkpoint is of step 6, training.steps is 4"
+    assert run_on_ranks(2, warnings, [*argv, "--training.steps=4"]) == [[left], [left]]
 
 
 def test_checkpoint_fits_other_ranks_and_converters_but_no_other_model(
