@@ -63,6 +63,8 @@ def _by_group(weights: list[Weight]) -> dict[dist.ProcessGroup | None, list[Weig
     return by_group
 
 
+# A compiled optimizer step calls it by the hook below.
+@torch.compiler.disable(reason="it looks at where tensors are, and keeps what follows from that")
 @torch.inference_mode(False)  # what is made here is written to in training
 @torch.no_grad()
 def precompute_float8_dynamic_scale_for_fsdp(

@@ -46,13 +46,24 @@ class Edits:
     def __init__(self, moved_from: "Edits | None" = None, filled: bool = False) -> None:
         self.count = 0
         self.moved_from = moved_from
-        self.filled = filled
+        # What `moved_from` counted when it was copied.
+        self.filled_at = moved_from.count if filled and moved_from is not None else None
+
+    def fill(self, source: "Edits") -> bool:
+        """Whether a copy of `source`'s parameter fills this storage, which it does once."""
+        if self.moved_from is not source or self.filled_at is not None or self.count > 0:
+            return False
+        self.filled_at = source.count
+        return True
 
     def is_same_as(self, seen: "Edits") -> bool:
         """Whether this counts for the parameter as seen, or as moved since without an edit."""
         edits: Edits | None = self
         while edits is not None and edits is not seen:
-            edits = edits.moved_from if edits.filled and edits.count == 0 else None
+            source = edits.moved_from
+            # A copy of what was edited since is another parameter, as it was before.
+            same = source is not None and edits.count == 0 and edits.filled_at == source.count
+            edits = source if same else None
         return edits is seen
 
 

@@ -174,6 +174,10 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.view(matrix_size(x.shape))
 
 
+def share_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]  # not in torch's stubs
+
+
 def _tensor_dim(param: DTensor, mesh_dim: int) -> int:
     return param.placements[mesh_dim].dim  # type: ignore[attr-defined]  # a Shard
 

@@ -24,7 +24,7 @@ from fp8dist.tensors.float8_tensor import (
     scales_by_use,
 )
 from fp8dist.tensors.one_rank import keep_gradients_in_place
-from fp8dist.tensors.placement import matrix_size
+from fp8dist.tensors.placement import matrix_size, share_storage
 from fp8dist.tensors.weight_state import WeightState, make_current
 
 aten = torch.ops.aten
@@ -323,8 +323,7 @@ class Float8ShardedWeight(torch.Tensor):
             if not isinstance(unsharded, Float8Tensor):
                 raise AssertionError(f"expected a Float8Tensor, got {type(unsharded).__name__}")
             unsharded._scales, unsharded._scales_for_grad_input = scales_by_use(scales)
-            is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]  # not in stubs
-            if kept is not None and not is_alias_of(kept, unsharded._data):
+            if kept is not None and not share_storage(kept, unsharded._data):
                 unsharded._data = gathered_data(kept, not scales, size).data
             return None
         if kept is not None:
@@ -372,11 +371,7 @@ def _moves(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this copy fills the place that was made for a parameter: no value changes."""
     if func is not aten.copy_.default or not isinstance(args[1], Float8ShardedWeight):
         return False
-    target, source = args[0]._edits, args[1]._edits
-    if target.moved_from is not source or target.filled or target.count > 0:
-        return False
-    target.filled = True
-    return True
+    return bool(args[0]._edits.fill(args[1]._edits))
 
 
 def _wrap_all(out: Any, wrap: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -17,7 +17,15 @@ from fp8dist.shard import Shard, empty_scales, payload_columns
 from fp8dist.tensors import finite
 from fp8dist.tensors.edits import Seen, local_shard
 from fp8dist.tensors.float8_tensor import Float8Tensor, gathered_weight
-from fp8dist.tensors.placement import Groups, as_matrix, cut_of, groups_of, known_groups, shard_of
+from fp8dist.tensors.placement import (
+    Groups,
+    as_matrix,
+    cut_of,
+    groups_of,
+    known_groups,
+    shard_of,
+    share_storage,
+)
 
 logger = logging.getLogger("fp8dist")
 
@@ -70,7 +78,13 @@ class WeightState:
     def shard_now(self, param: DTensor) -> Shard:
         """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""
         data = local_shard(param)._tensor
-        if self.shard is None or self.shard[0] is not param or self.shard[2] is not data:
+        if (
+            self.shard is None
+            or self.shard[0] is not param
+            or self.shard[2] is not data
+            # A view, where `data` is 3-D.
+            or (self.shard[1].data is not data and not share_storage(self.shard[1].data, data))
+        ):
             gathered = self.gathered is not False
             self.shard = param, shard_of(param, self.config.recipe, gathered, self.fqn), data
             self.groups = groups_of(param, cut_of(param, gathered, self.fqn))

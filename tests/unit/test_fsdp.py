@@ -199,6 +199,26 @@ def test_the_hook_precomputes_after_every_step(mesh: DeviceMesh, passes: list[li
         check_current(model)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_compiled_step_calls_the_hook(recipe: str, mesh: DeviceMesh) -> None:
+    losses = []
+    for compiled in (False, True):
+        model = sharded(mesh, recipe_name=recipe)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        register_precompute_hook(optimizer, model)
+        take_step = optimizer.step
+        if compiled:
+            take_step = torch.compile(take_step, backend="aot_eager")
+        for _ in range(3):
+            loss = model(INPUT).square().mean()
+            loss.backward()
+            take_step()
+            assert model[0].weight_state.seen.still_holds(model[0].weight)
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
 def test_a_removed_hook_does_no_more(
     mesh: DeviceMesh, passes: list[list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from fp8dist.precompute import CastPass, ScalePass
 from fp8dist.shard import empty_scales
 from fp8dist.tensors.weight_state import WeightState
 from tests.unit.calls import Calls, leave_out_kernels
+from tests.unit.moe import StackedExperts
 from tests.unit.sharded_model import INPUT, check_current, sharded, step
 from tests.unit.shards import hp_weight, whole
 
@@ -106,6 +108,18 @@ def test_passes_are_made_again_where_something_has_moved(
     precompute_float8_dynamic_scale_for_fsdp(model)
     assert made == again
     check_current(model)
+
+
+def test_experts_that_have_moved_are_found_where_they_are(mesh: DeviceMesh) -> None:
+    model = nn.Sequential(OrderedDict(experts=StackedExperts()))
+    fp8dist.convert_moe_to_float8_training(model)
+    fully_shard(model, mesh=mesh)
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    state = model.experts.expert_states["w1"]
+    before, inner = state.scales[0].clone(), model.experts.w1._local_tensor._tensor
+    inner.set_(inner * 2)
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    assert torch.equal(state.scales[0][1], before[1] / 2)
 
 
 def test_what_is_made_ready_goes_with_the_model(mesh: DeviceMesh) -> None:

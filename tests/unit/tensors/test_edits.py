@@ -97,6 +97,22 @@ def test_the_version_of_the_inner_tensor_alone_outdates(mesh: DeviceMesh) -> Non
     assert not seen.still_holds(param)
 
 
+@pytest.mark.parametrize("edited_before", ["the copy", "it is used again"])
+def test_a_copy_of_what_was_edited_since_outdates(mesh: DeviceMesh, edited_before: str) -> None:
+    layer = sharded(mesh)
+    with torch.no_grad():
+        if edited_before == "the copy":
+            layer.weight.mul_(2)
+        backup = torch.empty_like(layer.weight)
+        backup.copy_(layer.weight)  # as FSDP2 moves a shard
+        if edited_before == "it is used again":
+            layer.weight.mul_(2)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    seen = layer.weight_state.seen
+    layer.weight._local_tensor = backup._local_tensor
+    assert seen.still_holds(layer.weight) == (edited_before == "the copy")
+
+
 def test_another_parameter_outdates(mesh: DeviceMesh) -> None:
     seen, _ = seen_by(mesh)
     _, other = seen_by(mesh)
