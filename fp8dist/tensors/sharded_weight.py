@@ -263,8 +263,11 @@ class Float8ShardedWeight(torch.Tensor):
                 "to float8, which it cannot gather: tie weights before the conversion, which "
                 "leaves them alone"
             )
-        if not isinstance(param, DTensor):
-            raise AssertionError(f"{state.fqn}: gathered while its weight is not sharded")
+        if not isinstance(param, DTensor) or not is_sharded(param):
+            raise ValueError(
+                f"{state.fqn}: its weight was replaced by another parameter after fully_shard, "
+                "which gathers the one that was there: edit that in place, or load a state dict"
+            )
         if state.seen is None:
             prepare_groups(state.root())
         state.check_buffer()

@@ -27,6 +27,22 @@ def test_is_sharded(mesh: DeviceMesh) -> None:
     assert not is_sharded(converted(mesh, enable_fsdp_float8_all_gather=False)[0].weight)
 
 
+@pytest.mark.parametrize("precomputed", [False, True])
+@pytest.mark.parametrize("kind", ["a DTensor", "a tensor"])
+def test_a_weight_that_was_replaced_is_refused(
+    mesh: DeviceMesh, kind: str, precomputed: bool
+) -> None:
+    model = converted(mesh)
+    model(INPUT)
+    model.reshard()
+    weight = model[0].weight.detach() * 2
+    model[0].weight = nn.Parameter(weight if kind == "a DTensor" else weight.full_tensor())
+    if precomputed:
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+    with pytest.raises(ValueError, match="^0: its weight was replaced .* load a state dict$"):
+        model(INPUT)
+
+
 @pytest.mark.parametrize("param_dtype", [None, torch.bfloat16])
 def test_the_unsharded_weight_is_float8_in_the_dtype_of_the_policy(
     mesh: DeviceMesh, param_dtype: torch.dtype | None
