@@ -54,7 +54,8 @@ class _Pass:
         self._make_ready()
 
     def _make_ready(self) -> None:
-        raise NotImplementedError
+        """What is done once, when the pass is made."""
+        raise NotImplementedError  # no `_Pass` is made, but those below, which each have their own
 
     def _place_now(self) -> tuple[Any, ...]:
         """What may change while tensors are the same: the current stream, see `kernels.Prepared`,

@@ -40,14 +40,12 @@ class Edits:
     Args:
         moved_from: the edits of the parameter for which this storage was made, to be filled by
             one copy of it (see [Note: noticing edits]).
-        filled: whether that has happened.
     """
 
-    def __init__(self, moved_from: "Edits | None" = None, filled: bool = False) -> None:
+    def __init__(self, moved_from: "Edits | None" = None) -> None:
         self.count = 0
         self.moved_from = moved_from
-        # What `moved_from` counted when it was copied.
-        self.filled_at = moved_from.count if filled and moved_from is not None else None
+        self.filled_at: int | None = None  # what `moved_from` counted when it was copied
 
     def fill(self, source: "Edits") -> bool:
         """Whether a copy of `source`'s parameter fills this storage, which it does once."""

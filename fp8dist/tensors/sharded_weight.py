@@ -147,8 +147,10 @@ class Float8ShardedWeight(torch.Tensor):
                 views._stays_frozen = args[0]._moved_frozen
             return views
         if func in _MOVE_OPS:
-            pinned = func is aten._pin_memory.default
-            return args[0]._like(out, Edits(moved_from=args[0]._edits, filled=pinned))
+            edits = Edits(moved_from=args[0]._edits)
+            if func is aten._pin_memory.default:  # it copies, too
+                edits.fill(args[0]._edits)
+            return args[0]._like(out, edits)
         if func in _COPY_OPS:
             return _wrap_all(out, args[0]._like)
         if isinstance(args[0], cls) and func._schema.arguments[0].is_write:
