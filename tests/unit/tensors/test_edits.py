@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import fp8dist
 from fp8dist.tensors.edits import Seen
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from tests.unit.tensors.sharded_layer import K, hp_weight, shard_of, sharded
 
 # How code gets hold of a weight, and what it does to it. `sub` is on a part, as pruning code is.
@@ -111,6 +112,18 @@ def test_a_copy_of_what_was_edited_since_outdates(mesh: DeviceMesh, edited_befor
     seen = layer.weight_state.seen
     layer.weight._local_tensor = backup._local_tensor
     assert seen.still_holds(layer.weight) == (edited_before == "the copy")
+
+
+def test_a_pinned_copy_counts_for_what_it_was_copied_from() -> None:
+    """With stand-in memory: this may be a machine that can pin none."""
+    weight = Float8ShardedWeight(hp_weight())
+    with torch.library._scoped_library("aten", "IMPL") as aten:
+        aten.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
+        pinned = torch.ops.aten._pin_memory.default(weight)
+    assert pinned._edits is not weight._edits
+    assert pinned._edits.is_same_as(weight._edits)
+    pinned.mul_(2)
+    assert not pinned._edits.is_same_as(weight._edits)
 
 
 def test_another_parameter_outdates(mesh: DeviceMesh) -> None:
