@@ -39,21 +39,20 @@ THRESHOLDS: Mapping[str, Mapping[str, Thresholds]] = {
     },
     "NVIDIA H200": {
         "tensorwise": Thresholds(
-            ((1024, 1024),),
-            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+            ((2048, 1024),),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-12-01",
         ),
         "rowwise": Thresholds(
-            ((1024, 2048), (2048, 1024)),
-            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+            ((1024, 2048), (8192, 1024)),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-12-01",
         ),
-        # in no box, yet slower: K 2048, N 1024 (x0.96)
         "rowwise_with_gw_hp": Thresholds(
-            (),
-            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+            ((4096, 1024),),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-12-01",
         ),
         "blockwise": Thresholds(
-            ((1024, 4096), (4096, 1024)),
-            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-11-28",
+            ((1024, 2048), (8192, 1024)),
+            "scripts/bench/bench_linear.py, M 2048/8192/16384, torch 2.11.0+cu130, 2026-12-01",
         ),
     },
 }
