@@ -312,7 +312,7 @@ class _Float8GroupedMatmul(torch.autograd.Function):
                 recipe,
                 fast_accum=config.fast_accum_of_experts.grad_input,
                 emulate=config.emulate,
-                after=grad_output,
+                after=scaled.scale,
             )
         if groups is not None:
             data, scale, padded_ends, *inverse = saved

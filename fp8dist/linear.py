@@ -56,25 +56,19 @@ def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     return wanted(scaled)
 
 
-def _weight_for_grad_input(
-    weight: torch.Tensor, recipe: Recipe, grad_output: torch.Tensor
-) -> Scaled:
+def _weight_for_grad_input(weight: torch.Tensor, recipe: Recipe, after: torch.Tensor) -> Scaled:
     """The operand of grad_input, (K, N): derived from what arrived, or cast here.
 
-    grad_output has no say in it but when; see [Note: only in backward] in `kernels.ops`.
+    after: see [Note: only in backward] in `kernels.ops`.
     """
     block = recipe.weight_for_grad_input
-    if isinstance(grad_output, Float8Activation):  # which an op would be given dequantized
-        grad_output = grad_output._data
     if isinstance(weight, Float8Tensor):
         arrived, scales = weight.unpack(recipe.weight), weight._scales_for_grad_input
         new_scale = None if scales is None else scales[1]
-        derived = kernels.rescale_transposed(
-            arrived, block, new_scale, recipe.scale_format, grad_output
-        )
+        derived = kernels.rescale_transposed(arrived, block, new_scale, recipe.scale_format, after)
         return derived if scales is None else derived._replace(inverse=scales[0].t())
     _, transposed = kernels.quantize_both(
-        high_precision(weight), None, block, recipe.weight_dtype, recipe.scale_format, grad_output
+        high_precision(weight), None, block, recipe.weight_dtype, recipe.scale_format, after
     )
     cast = wanted(transposed)
     # Padded as tokens are; weights of other sizes are multiplied dequantized only.
@@ -154,7 +148,7 @@ class _Float8Matmul(torch.autograd.Function):
         if scaled is not None:
             grad_input = scaled_matmul(
                 scaled,
-                _weight_for_grad_input(weight, recipe, grad_output),
+                _weight_for_grad_input(weight, recipe, scaled.scale),
                 grad_output.dtype,
                 recipe,
                 fast_accum=config.fast_accum_by_matmul.grad_input,

@@ -39,7 +39,8 @@ def in_kernels(x: torch.Tensor) -> bool:
 # [Note: only in backward]
 # The compiler moves what backward computes from the weight alone into forward, and keeps the
 # result. FSDP2 frees a weight between forward and backward, but it could not free that. An
-# argument `after`, which is not used, ties such an op to a gradient, and so to backward.
+# argument `after`, which is not used, ties such an op to a gradient, and so to backward: to its
+# scales, as of what it has not written to memory yet the compiler would write a copy for the op.
 
 _library = Library("fp8dist", "FRAGMENT")
 _library.define(

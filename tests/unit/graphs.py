@@ -33,10 +33,10 @@ def noting(graphs: dict[str, torch.fx.GraphModule]) -> Callable[..., Any]:
     )
 
 
-def ops_of_weights(graph: torch.fx.GraphModule) -> int:
-    """How many ops of fp8dist are called on a weight, a matrix of bytes."""
+def ops_of_weights(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The calls of fp8dist's ops on a weight, a matrix of bytes."""
     ops = [node for node in graph.graph.nodes if "fp8dist" in str(node.target)]
-    return sum(node.args[0].meta["val"].dtype.itemsize == 1 for node in ops)
+    return [node for node in ops if node.args[0].meta["val"].dtype.itemsize == 1]
 
 
 def sizes_kept(graph: torch.fx.GraphModule) -> list[int]:

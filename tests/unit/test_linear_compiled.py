@@ -196,8 +196,11 @@ def test_nothing_made_of_the_weight_is_kept_from_forward(
     compiled = torch.compile(block, fullgraph=True, backend=noting(graphs))
     compiled(seeded(64, 512, seed=1).requires_grad_()).sum().backward()
 
-    assert ops_of_weights(graphs["forward"]) == 0
-    assert ops_of_weights(graphs["backward"]) == len(weights), "what grad_input multiplies by"
+    assert not ops_of_weights(graphs["forward"])
+    ops = ops_of_weights(graphs["backward"])
+    assert len(ops) == len(weights), "what grad_input multiplies by"
+    # What ties them to backward is not a gradient, which the compiler may have to write for that.
+    assert all(op.args[-1].meta["val"].numel() <= 64 * 512 // 32 for op in ops)
 
 
 class WithRelu(Block):
