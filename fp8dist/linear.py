@@ -49,7 +49,8 @@ def _operands(
 def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     """The operand of output, (N, K): as it arrived in float8, or cast here."""
     if isinstance(weight, Float8Tensor):
-        return weight.unpack(recipe.weight)
+        with not_kept():  # what MXFP8's exponents stand for, four times as large
+            return weight.unpack(recipe.weight)
     scaled, _ = kernels.quantize_both(
         high_precision(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
     )
@@ -97,7 +98,8 @@ class _Float8Matmul(torch.autograd.Function):
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
         later = isinstance(input, Float8Activation) and input._across is None
         block = recipe.input_for_grad_weight if needs_weight_grad and not later else None
-        if needs_weight_grad and is_tracing() and not isinstance(input, Float8Activation):
+        cast_again = needs_weight_grad and ctx.needs_input_grad[0] and is_tracing()
+        if cast_again and not isinstance(input, Float8Activation):
             # See [Note: cast again in backward] in `fp8dist.tracing`.
             amax = kernels.fused_amax(input) if recipe.input == block == TENSOR else None
             scaled, _ = _operands(input, recipe.input, None, recipe.input_dtype, recipe, amax)
@@ -246,6 +248,8 @@ class Float8Linear(nn.Linear):
     """The weight's scales and float8 bytes; None where FSDP2 gathers it in high precision."""
     style: Style | None = None
     """The style of tensor parallelism that was applied."""
+    fqn: str = ""
+    """The layer's name in the model that was converted, for messages."""
 
     @classmethod
     def from_float(
@@ -265,7 +269,7 @@ class Float8Linear(nn.Linear):
         linear.__class__ = cls
         if not isinstance(linear, cls):
             raise AssertionError("the layer's class was not changed")
-        linear.config = config
+        linear.config, linear.fqn = config, fqn
         linear.weight_state = None
         if config.enable_fsdp_float8_all_gather:
             linear.weight_state = WeightState(config, fqn, linear if root is None else root)
@@ -337,7 +341,7 @@ class Float8Linear(nn.Linear):
         return CastPart.apply(part, dim, self.config.recipe.name, group_name)
 
     def _name(self) -> str:
-        return (self.weight_state.fqn if self.weight_state else "") or type(self).__name__
+        return self.fqn or type(self).__name__
 
     def extra_repr(self) -> str:
         gather = "" if self.config.enable_fsdp_float8_all_gather else ", float8_all_gather=False"

@@ -32,6 +32,12 @@ def is_tracing() -> bool:
 #
 # Where nothing else keeps an input or what it is computed from, as that of a linear layer right
 # after another, this keeps more than its bytes in float8: the input.
+#
+# What is computed again is computed from what it was computed from, if that is still what it was.
+# Of an argument or a buffer of the graph that its end writes to, a state or a running mean, the
+# compiler reads what was written (as it does for what it computes again of its own accord, torch
+# 2.11 and 2.13). What needs a gradient it does not let be written to; so an input is cast again if
+# it needs one. That leaves what is computed from both, as x - mean.
 
 
 def copied(x: torch.Tensor) -> torch.Tensor:
