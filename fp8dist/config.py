@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -172,12 +173,15 @@ def nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
     return f"{hint}Known: {', '.join(known)}"
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`.
+def recipe(name: str | Enum) -> Recipe:
+    """The recipe called `name`, or as torchao's enum of recipes has it.
 
     Raises:
         ValueError: there is no such recipe; the message names the nearest.
     """
+    name = name.value if isinstance(name, Enum) else name
+    if not isinstance(name, str):
+        raise ValueError(f"a recipe's name is a string, not {name!r}: {', '.join(RECIPES)}")
     if name in _RENAMED:
         raise ValueError(f"recipe {name!r} is called {_RENAMED[name]!r} now")
     name = _SHORT_NAMES.get(name, name)

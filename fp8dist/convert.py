@@ -4,10 +4,12 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
@@ -16,6 +18,7 @@ from fp8dist import config as configs
 from fp8dist.config import HP_DTYPES, Float8Config
 from fp8dist.linear import Float8Linear
 from fp8dist.small_kn import Thresholds, thresholds_by_recipe
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 
 logger = logging.getLogger("fp8dist")
 
@@ -29,7 +32,7 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
     """A `module_filter_fn` that leaves out layers by name and by size.
 
     Args:
-        recipe_name: the recipe that the layers will be converted to.
+        recipe_name: the recipe that the layers will be converted to; torchao's enum does, too.
         filter_fqns: parts of fully qualified names; a layer whose name contains one stays in
             high precision. The entry "auto_filter_small_kn" leaves out layers that are too
             small to gain, as measured on this machine's GPU, or else on another
@@ -44,9 +47,10 @@ class float8_module_filter:  # noqa: N801 - called like a function, as torchao's
             measured.
     """
 
-    def __init__(self, recipe_name: str, filter_fqns: Sequence[str] = ()) -> None:
-        if isinstance(filter_fqns, str):
-            raise ValueError(f"filter_fqns is a list of names, got the string {filter_fqns!r}")
+    def __init__(self, recipe_name: str | Enum, filter_fqns: Sequence[str] = ()) -> None:
+        if isinstance(filter_fqns, str) or not isinstance(filter_fqns, Iterable):
+            kind = type(filter_fqns).__name__
+            raise ValueError(f"filter_fqns is a list of names, got the {kind} {filter_fqns!r}")
         self.recipe = configs.recipe(recipe_name)
         self.filter_fqns = [fqn for fqn in filter_fqns if fqn != AUTO_FILTER]
         self.thresholds: Thresholds | None = None
@@ -117,7 +121,7 @@ def convert_to_float8_training(
     """
     rules = _rules(config, module_filter_fn)
     linears = {fqn: m for fqn, m in module.named_modules() if isinstance(m, nn.Linear)}
-    owners = parameter_owners(module)
+    owners, read_elsewhere = parameter_owners(module), _read_by_encoders(module)
     converted: dict[str, list[str]] = defaultdict(list)
     left_alone: dict[str, list[str]] = defaultdict(list)
     before: dict[str, bool] = {}
@@ -127,9 +131,10 @@ def convert_to_float8_training(
         if isinstance(linear, Float8Linear):
             before[fqn] = float8_config in (None, linear.config)
             continue
-        reason = reason or _cannot_convert(linear, owners)
+        reason = reason or _cannot_convert(linear, owners, read_elsewhere)
         if reason is not None or float8_config is None:
-            left_alone[reason or "rejected by module_filter_fn"].append(fqn)
+            left = "as torchao has converted them" if _is_torchao(linear) else "in high precision"
+            left_alone[f"{left}, {reason or 'rejected by module_filter_fn'}"].append(fqn)
             continue
         _check_convertible(linear, fqn, float8_config)
         chosen.append((fqn, linear, float8_config))
@@ -161,6 +166,11 @@ def _rules(config: Any, module_filter_fn: ModuleFilter | None) -> list[Rule]:
         outer = module_filter_fn
         return [(_both(outer, filter_fn), one) for filter_fn, one in rules]
     float8_config = as_config(config)
+    if module_filter_fn is not None and not callable(module_filter_fn):
+        raise ValueError(
+            f"module_filter_fn is {module_filter_fn!r}: pass a function of (module, fully "
+            "qualified name); float8_module_filter makes one of names"
+        )
     filter_fn = module_filter_fn or float8_module_filter(float8_config.recipe_name)
     return [(filter_fn, float8_config)]
 
@@ -174,8 +184,8 @@ def as_config(config: Any) -> Float8Config:
         return Float8Config()
     if isinstance(config, Float8Config):
         return config
-    if isinstance(config, str):
-        return Float8Config(recipe_name=config)
+    if isinstance(config, str | Enum):
+        return Float8Config(recipe_name=config if isinstance(config, str) else config.value)
     if type(config).__name__ == "Float8LinearConfig":  # torchao's; see `_is_torchao`
         return configs.from_torchao(config)
     raise ValueError(
@@ -214,13 +224,32 @@ def parameter_owners(module: nn.Module) -> Counter[int]:
     )
 
 
-def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
+def _read_by_encoders(module: nn.Module) -> set[int]:
+    """The ids of layers whose weights `nn.TransformerEncoderLayer` takes past their forward, where
+    no gradient is wanted.
+    """
+    layers = [each for each in module.modules() if isinstance(each, nn.TransformerEncoderLayer)]
+    return {id(linear) for layer in layers for linear in (layer.linear1, layer.linear2)}
+
+
+def of_own_class(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class that decides what ops do, as quantized ones are."""
+    if isinstance(weight, DTensor | FakeTensor | Float8ShardedWeight):
+        return False
+    return type(weight).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _cannot_convert(
+    linear: nn.Linear, owners: Counter[int], read_elsewhere: set[int]
+) -> str | None:
     """Why a layer that the filter accepts is left alone all the same, or None."""
     weight = linear._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return "its weight is used without its forward (nn.MultiheadAttention)"
+    if id(linear) in read_elsewhere:
+        return "its weight is used without its forward (nn.TransformerEncoderLayer)"
     # A layer that FSDP2 has sharded has a class of FSDP2's, and is refused later.
     plain = _is_plain(type(linear)) or _is_torchao(linear) or isinstance(weight, DTensor)
     if not plain and not is_lazy(weight):
@@ -231,6 +260,10 @@ def _cannot_convert(linear: nn.Linear, owners: Counter[int]) -> str | None:
         return "its weight is tied to another layer's"
     if weight.dtype not in HP_DTYPES:
         return f"its weight is {weight.dtype}"
+    if weight.layout != torch.strided:
+        return f"its weight is {weight.layout}"
+    if of_own_class(weight) and not _is_torchao(linear):
+        return f"its weight is a {type(weight).__name__}"
     return None
 
 
@@ -293,7 +326,7 @@ def _log(
             summary(names),
         )
     for reason, names in left_alone.items():
-        logger.info("left in high precision, %s: %s", reason, summary(names))
+        logger.info("left %s: %s", reason, summary(names))
     for filter_fn, _ in rules:
         if isinstance(filter_fn, float8_module_filter) and (unmatched := filter_fn.unmatched(fqns)):
             logger.warning("filter_fqns that match no linear layer: %s", ", ".join(unmatched))

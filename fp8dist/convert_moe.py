@@ -14,6 +14,7 @@ from fp8dist.config import HP_DTYPES, Float8Config
 from fp8dist.convert import (
     as_config,
     log_converted_before,
+    of_own_class,
     parameter_owners,
     patch_inductor,
     summary,
@@ -146,6 +147,8 @@ def _cannot_convert(weight: torch.Tensor, owners: Counter[int]) -> str | None:
         return "tied to another module's weight"
     if weight.dtype not in HP_DTYPES:
         return f"of {weight.dtype}"
+    if of_own_class(weight):
+        return f"a {type(weight).__name__}"
     return None
 
 

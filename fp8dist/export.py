@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp8dist import kernels, numerics
 from fp8dist.config import ROW, TENSOR, Block, Recipe
@@ -43,12 +45,15 @@ def export_float8(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: a folder; made if it is missing.
 
     Raises:
-        ValueError: on all ranks: the model has no float8 linear layer; rank 0 cannot write, or
+        ValueError: on all ranks: the model has no float8 linear layer, or one whose weight is not
+            in its state dict, or something there that is no plain tensor; rank 0 cannot write, or
             `config.json` is not that of a model.
     """
     # Imported here, as it takes a while and training has no use for it.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if isinstance(model, DistributedDataParallel):  # names in a state dict are without it
+        model = model.module
     layers = _float8_layers(model)
     if not layers:
         raise ValueError(
@@ -119,8 +124,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _quantized(
     state_dict: Mapping[str, torch.Tensor], layers: Mapping[str, Float8Linear]
 ) -> dict[str, torch.Tensor]:
+    if missing := [fqn for fqn in layers if f"{fqn}.weight" not in state_dict]:
+        raise ValueError(
+            f"the state dict has no weight of {', '.join(missing)}: export the model without what "
+            "wraps it"
+        )
     tensors = {}
     for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+            raise ValueError(
+                f"{name} in the state dict is a {type(value).__name__}, which safetensors does not "
+                "have: export a model without it"
+            )
         fqn, _, parameter = name.rpartition(".")
         layer = layers.get(fqn) if parameter == "weight" else None
         if layer is None:

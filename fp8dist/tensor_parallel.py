@@ -215,9 +215,11 @@ def _on_tokens(placements: tuple[Placement, ...], x: torch.Tensor) -> bool:
 def _check(style: str, module: nn.Module, mesh: DeviceMesh, dim: int) -> Float8Linear:
     """That the style can be honoured: on every rank alike, before anything is communicated."""
     if not isinstance(module, Float8Linear):
+        kind = type(module)
         raise ValueError(
-            f"{style} was planned for a {type(module).__name__}: it takes a Float8Linear: convert "
-            "the model before parallelize_module, or use the style of torch for this module"
+            f"{style} was planned for a {kind.__module__}.{kind.__name__}: it takes fp8dist's "
+            "Float8Linear: convert the model before parallelize_module, or use the style of torch "
+            "for this module"
         )
     size = (module.out_features, module.in_features)
     check_part(module._name(), size, dim, mesh.size(), module.config.recipe)
@@ -360,8 +362,13 @@ class PrepareFloat8ModuleInput(PrepareModuleInput):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         name, named = type(self).__name__, dict(module.named_modules())
-        if self.fwd_config_submodule_fqn is not None:
-            named = {"": module.get_submodule(self.fwd_config_submodule_fqn)}
+        if (fqn := self.fwd_config_submodule_fqn) is not None:
+            if fqn not in named:
+                raise ValueError(
+                    f"{name}: {type(module).__name__} has no module {fqn!r}, which "
+                    f"fwd_config_submodule_fqn names: it has {', '.join(filter(None, named))}"
+                )
+            named = {fqn: named[fqn]}
         recipes = {
             layer.config.recipe.name: layer.config.recipe
             for layer in named.values()

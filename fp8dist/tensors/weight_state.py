@@ -41,7 +41,8 @@ class WeightState:
     """What a module keeps about a sharded float8 weight between optimizer steps.
 
     It lives on the module and not on the local tensor, which FSDP2 replaces (padding) and copies
-    (CPU offload). Copies and pickles of a module start with an empty state.
+    (CPU offload). Copies and pickles of a module start with an empty state, a pickle's without the
+    root.
     """
 
     def __init__(self, config: Float8Config, fqn: str, root: nn.Module | None = None) -> None:
@@ -74,6 +75,10 @@ class WeightState:
 
     def __reduce__(self) -> Any:
         return WeightState, (self.config, self.fqn)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightState":
+        """Of the copy of the root, if this is a part of it."""
+        return WeightState(self.config, self.fqn, memo.get(id(self.root())))
 
     def shard_now(self, param: DTensor) -> Shard:
         """`shard_of(param)`, without asking the mesh again for a shard that has not moved."""

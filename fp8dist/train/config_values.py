@@ -168,7 +168,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "parallelism.context_parallel_degree": _at_least(1),
     "checkpoint.interval": _at_least(1),
     "debug.seed": _at_least(0),
-    "comm.train_timeout_seconds": _at_least(1),
+    "comm.train_timeout_seconds": (lambda value: 1 <= value <= 10**9, "from 1 to 1000000000"),
     "validation.local_batch_size": _at_least(1),
     "validation.seq_len": _at_least(1),
     "validation.freq": _at_least(1),

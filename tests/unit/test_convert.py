@@ -9,10 +9,11 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torchao.float8 import CastConfig, Float8LinearConfig
+from torchao.float8 import CastConfig, Float8LinearConfig, Float8LinearRecipeName
 
 import fp8dist
 from fp8dist import FastAccum, Float8Config, Float8Linear
+from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from tests.unit.attention_model import ALL, TOKENS, WIDTH, converted, everything, model
 
@@ -24,13 +25,14 @@ from tests.unit.attention_model import ALL, TOKENS, WIDTH, converted, everything
     [
         (None, Float8Config()),
         ("tensorwise", Float8Config(recipe_name="tensorwise")),
+        (Float8LinearRecipeName.ROWWISE, Float8Config(recipe_name="rowwise")),
         (Float8Config(cache_payload=False), Float8Config(cache_payload=False)),
         (
             Float8LinearConfig(emulate=True),
             Float8Config(enable_fsdp_float8_all_gather=False, fast_accum=FastAccum(), emulate=True),
         ),
     ],
-    ids=["none", "name", "config", "torchao"],
+    ids=["none", "name", "enum", "config", "torchao"],
 )
 def test_config_can_be_given_in_every_form(config: Any, expected: Float8Config) -> None:
     module = model()
@@ -65,6 +67,11 @@ def test_a_torchao_config_without_a_recipe_is_refused_by_field() -> None:
     with pytest.raises(ValueError, match="cast_config_grad_output="):
         fp8dist.convert_to_float8_training(module, config=mixed)
     assert not converted(module)
+
+
+def test_a_filter_that_is_no_function_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"module_filter_fn is \['output'\]: pass a function"):
+        fp8dist.convert_to_float8_training(model(), module_filter_fn=["output"])
 
 
 def test_a_list_of_configs_takes_the_first_whose_filter_accepts() -> None:
@@ -292,3 +299,36 @@ def test_a_subclass_with_methods_of_its_own_is_left_alone() -> None:
     module = nn.Sequential(Filled(WIDTH, WIDTH))
     fp8dist.convert_to_float8_training(module)
     assert not converted(module)
+
+
+def test_weights_of_classes_of_their_own_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """As quantized ones are, which say themselves what an op does with them."""
+    data = torch.zeros(WIDTH, WIDTH, dtype=torch.float8_e4m3fn)
+    weight = Float8Tensor(data, torch.ones(2, 1, 1), data.shape, torch.float32)
+    module = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("own", "sparse", "plain")})
+    module["own"].weight = nn.Parameter(weight)
+    module["sparse"].weight = nn.Parameter(module["sparse"].weight.detach().to_sparse())
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        fp8dist.convert_to_float8_training(module)
+    assert converted(module) == ["plain"]
+    assert "left in high precision, its weight is a Float8Tensor: own" in caplog.text
+    assert "left in high precision, its weight is torch.sparse_coo: sparse" in caplog.text
+
+
+def test_what_an_encoder_takes_past_the_layer_is_left_alone() -> None:
+    """Without gradients torch multiplies by these weights itself, in high precision."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True).eval()
+    model = nn.Sequential(encoder, nn.Linear(WIDTH, WIDTH))
+    fp8dist.convert_to_float8_training(model)
+    assert converted(model) == ["1"]
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_an_input_that_is_refused_names_the_layer(gather: bool) -> None:
+    config = Float8Config(enable_fsdp_float8_all_gather=gather)
+    module = fp8dist.convert_to_float8_training(
+        nn.ModuleDict({"wq": nn.Linear(WIDTH, WIDTH)}), config=config
+    )
+    with pytest.raises(ValueError, match=r"^wq: the input is torch\.float64"):
+        module["wq"](torch.randn(4, WIDTH, dtype=torch.float64))

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn as nn
+from torchao.float8 import Float8LinearRecipeName
 from torchao.float8.float8_linear_utils import _auto_filter_for_recipe
 
 from fp8dist import float8_module_filter
@@ -79,3 +80,12 @@ def test_filter_fqns_given_as_a_string_is_refused() -> None:
 def test_filter_of_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'tensorwise'"):
         float8_module_filter("tensorwize", [])
+
+
+def test_filters_take_torchao_s_enum_and_refuse_other_types() -> None:
+    by_enum = float8_module_filter(Float8LinearRecipeName.ROWWISE, ["output"])
+    assert by_enum.recipe.name == "rowwise"
+    with pytest.raises(ValueError, match="a recipe's name is a string, not None: tensorwise, "):
+        float8_module_filter(None)
+    with pytest.raises(ValueError, match="filter_fqns is a list of names, got the NoneType None"):
+        float8_module_filter("rowwise", None)

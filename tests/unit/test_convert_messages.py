@@ -190,3 +190,15 @@ def test_printing_the_model_shows_the_recipe() -> None:
 def test_float8_parameters_can_be_printed() -> None:
     module = fp8dist.convert_to_float8_training(model())
     assert "Float8ShardedWeight(" in repr(module.output.weight)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_what_stays_torchao_s_is_said_to(gather: bool, caplog: pytest.LogCaptureFixture) -> None:
+    layers = nn.ModuleDict({"large": nn.Linear(WIDTH, WIDTH), "odd": nn.Linear(WIDTH, 10)})
+    torchao_convert(layers, config=Float8LinearConfig(enable_fsdp_float8_all_gather=gather))
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        fp8dist.convert_to_float8_training(layers)
+    assert type(layers["odd"]) is TorchaoLinear
+    reason = "left as torchao has converted them, dimensions not multiples of 16: odd"
+    assert reason in caplog.text
+    assert "high precision" not in caplog.text

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 import fp8dist
 from fp8dist import Float8Config
 from fp8dist.experts import Float8ShardedExperts
+from fp8dist.tensors.float8_tensor import Float8Tensor
 from tests.unit.moe import DIM, FusedExperts, Model, StackedExperts, new_model
 
 
@@ -177,3 +178,15 @@ def test_copies_have_states_of_their_own() -> None:
     assert twin.experts.w1._tensor.data_ptr() != model.experts.w1._tensor.data_ptr()
     assert all(type(value) is torch.Tensor for value in twin.state_dict().values())
     assert DIM == twin.experts.w1.size(2)
+
+
+def test_weights_of_classes_of_their_own_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """As torchao's `quantize_` makes them."""
+    model = new_model()
+    data = torch.zeros(model.experts.w1.shape, dtype=torch.float8_e4m3fn)
+    weight = Float8Tensor(data, torch.ones(2, 1, 1), data.shape, torch.float32)
+    model.experts.w1 = nn.Parameter(weight)
+    with caplog.at_level(logging.INFO, logger="fp8dist"):
+        fp8dist.convert_moe_to_float8_training(model)
+    assert converted(model) == ["experts.w3", "experts.w2"]
+    assert "experts left in high precision, a Float8Tensor: experts.w1" in caplog.text

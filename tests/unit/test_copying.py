@@ -81,3 +81,14 @@ def test_printing_a_sharded_model_shows_the_recipes(mesh: DeviceMesh, each_layer
     assert "Float8Linear" in second and "recipe=tensorwise" in second
     assert "float8_all_gather=False" in second and "float8_all_gather" not in first
     assert "Float8" not in third and "recipe" not in third
+
+
+def test_a_copy_of_a_model_knows_its_root() -> None:
+    """In which FSDP2's groups are looked for; that of a part has none."""
+    model = nn.Sequential(
+        converted("rowwise"), fp8dist.convert_to_float8_training(nn.Linear(16, 16))
+    )
+    copied = copy.deepcopy(model)
+    assert copied[0][2].weight_state.root() is copied[0]
+    assert copied[1].weight_state.root() is copied[1]
+    assert copy.deepcopy(model[0][2]).weight_state.root() is None

@@ -9,6 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+from torchao.float8 import Float8LinearConfig
+from torchao.float8 import convert_to_float8_training as torchao_convert
 
 import fp8dist
 from fp8dist.config import RECIPES
@@ -202,3 +206,34 @@ def test_a_model_without_float8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="convert_to_float8_training"):
         fp8dist.export_float8(nn.Linear(16, 16), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_replicated_is_written_by_its_own_names(
+    tmp_path: Path, mesh: DeviceMesh
+) -> None:
+    model = converted("rowwise")
+    fp8dist.export_float8(DistributedDataParallel(model), tmp_path / "replicated")
+    fp8dist.export_float8(model, tmp_path / "alone")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "replicated" / file).read_bytes() == (
+            tmp_path / "alone" / file
+        ).read_bytes()
+
+
+def test_layers_that_a_state_dict_has_by_another_name_are_refused(
+    tmp_path: Path, mesh: DeviceMesh
+) -> None:
+    model = nn.Sequential(DistributedDataParallel(converted("rowwise")))
+    message = r"no weight of 0\.module\.up, 0\.module\.down: export the model without what wraps"
+    with pytest.raises(ValueError, match=message):
+        fp8dist.export_float8(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_stay_torchao_s_are_named(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"large": nn.Linear(K, N), "odd": nn.Linear(K, 10)})
+    torchao_convert(model, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
+    fp8dist.convert_to_float8_training(model)
+    message = r"odd\.weight in the state dict is a WeightWithDynamicFloat8CastTensor"
+    with pytest.raises(ValueError, match=message):
+        fp8dist.export_float8(model, tmp_path)

@@ -50,7 +50,9 @@ def layer(recipe: str, inputs: int, outputs: int) -> Float8Linear:
 @pytest.mark.parametrize("style", [Float8ColwiseParallel, Float8RowwiseParallel])
 def test_a_module_that_is_not_float8(style: type[ParallelStyle], mesh: DeviceMesh) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    with pytest.raises(ValueError, match=f"{style.__name__} was planned for a Linear: .* convert"):
+    with pytest.raises(
+        ValueError, match=f"{style.__name__} was planned for a torch.*Linear: .* convert"
+    ):
         parallelize_module(model, mesh, {"0": style()})
     assert type(model[0].weight) is nn.Parameter
 
@@ -81,6 +83,16 @@ def test_an_input_prepared_for_several_recipes_or_none(mesh: DeviceMesh) -> None
     model = nn.Sequential(layer("tensorwise", 64, 64), layer("rowwise", 64, 64))
     with pytest.raises(ValueError, match="of recipes tensorwise, rowwise"):
         parallelize_module(model, mesh, style)
+
+
+def test_an_input_prepared_for_a_layer_that_is_not_there(mesh: DeviceMesh) -> None:
+    style = PrepareFloat8ModuleInput(
+        input_layouts=(Shard(1),),
+        desired_input_layouts=(Replicate(),),
+        fwd_config_submodule_fqn="w4",
+    )
+    with pytest.raises(ValueError, match="ModuleDict has no module 'w4', .*: it has w1"):
+        parallelize_module(nn.ModuleDict({"w1": layer("rowwise", 64, 64)}), mesh, style)
 
 
 def test_another_float8_dtype() -> None:

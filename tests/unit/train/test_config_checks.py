@@ -174,6 +174,7 @@ class TestRefusedValues:
             "--metrics.log_freq 0",
             "--debug.seed -1",
             "--comm.train_timeout_seconds 0",
+            "--comm.train_timeout_seconds 1000000001",
         ],
     )
     def test_numbers_out_of_range(self, line):
