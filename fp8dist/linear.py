@@ -1,6 +1,7 @@
 """`Float8Linear` and the autograd function of its three matmuls."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +50,8 @@ def _operands(
 def _weight(weight: torch.Tensor, recipe: Recipe) -> Scaled:
     """The operand of output, (N, K): as it arrived in float8, or cast here."""
     if isinstance(weight, Float8Tensor):
-        with not_kept():  # what MXFP8's exponents stand for, four times as large
+        # What MXFP8's exponents stand for is four times as large.
+        with not_kept() if is_tracing() else nullcontext():
             return weight.unpack(recipe.weight)
     scaled, _ = kernels.quantize_both(
         high_precision(weight), recipe.weight, None, recipe.weight_dtype, recipe.scale_format
