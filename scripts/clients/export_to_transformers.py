@@ -5,6 +5,7 @@ export_float8, and any one loads.
 """
 
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     CompressedTensorsConfig,
@@ -25,7 +26,9 @@ def new_model(recipe):
 
 
 def export(model, folder):
-    model.config.save_pretrained(folder)  # export_float8 adds its quantization_config to it
+    # export_float8 adds its quantization_config to it, on rank 0, where nobody else may write it.
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.config.save_pretrained(folder)
     fp8dist.export_float8(model, folder)
 
 
