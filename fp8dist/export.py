@@ -131,11 +131,6 @@ def _quantized(
         )
     tensors = {}
     for name, value in state_dict.items():
-        if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
-            raise ValueError(
-                f"{name} in the state dict is a {type(value).__name__}, which safetensors does not "
-                "have: export a model without it"
-            )
         fqn, _, parameter = name.rpartition(".")
         layer = layers.get(fqn) if parameter == "weight" else None
         if layer is None:
@@ -249,6 +244,9 @@ def _save(tensors: Mapping[str, torch.Tensor], file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or is_traceable_wrapper_subclass(tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"{name} is a {kind}, which safetensors does not have")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}, which safetensors does not have")
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize

@@ -100,8 +100,8 @@ class _Float8Matmul(torch.autograd.Function):
         needs_weight_grad = grad_enabled and ctx.needs_input_grad[1]
         later = isinstance(input, Float8Activation) and input._across is None
         block = recipe.input_for_grad_weight if needs_weight_grad and not later else None
-        cast_again = needs_weight_grad and ctx.needs_input_grad[0] and is_tracing()
-        if cast_again and not isinstance(input, Float8Activation):
+        arrived = isinstance(input, Float8Activation)
+        if needs_weight_grad and ctx.needs_input_grad[0] and not arrived and is_tracing():
             # See [Note: cast again in backward] in `fp8dist.tracing`.
             amax = kernels.fused_amax(input) if recipe.input == block == TENSOR else None
             scaled, _ = _operands(input, recipe.input, None, recipe.input_dtype, recipe, amax)

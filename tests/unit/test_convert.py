@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -332,3 +333,15 @@ def test_an_input_that_is_refused_names_the_layer(gather: bool) -> None:
     )
     with pytest.raises(ValueError, match=r"^wq: the input is torch\.float64"):
         module["wq"](torch.randn(4, WIDTH, dtype=torch.float64))
+
+
+def test_weights_that_stand_in_for_plain_ones_are_converted() -> None:
+    """Fake ones, and one of a layer that was converted before, tied since."""
+    with FakeTensorMode():
+        fake = fp8dist.convert_to_float8_training(nn.Linear(WIDTH, WIDTH))
+    assert isinstance(fake, Float8Linear)
+    first = fp8dist.convert_to_float8_training(nn.Linear(WIDTH, WIDTH))
+    second = nn.Linear(WIDTH, WIDTH)
+    second.weight = first.weight
+    assert isinstance(fp8dist.convert_to_float8_training(second), Float8Linear)
+    assert second.weight is first.weight

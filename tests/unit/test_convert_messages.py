@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchao.float8 import CastConfig, Float8LinearConfig
 from torchao.float8 import convert_to_float8_training as torchao_convert
 from torchao.float8.config import ScalingGranularity
@@ -202,3 +204,16 @@ def test_what_stays_torchao_s_is_said_to(gather: bool, caplog: pytest.LogCapture
     reason = "left as torchao has converted them, dimensions not multiples of 16: odd"
     assert reason in caplog.text
     assert "high precision" not in caplog.text
+
+
+def test_fsdp1_takes_layers_that_are_gathered_in_high_precision(mesh: DeviceMesh) -> None:
+    """As docs/migration.md says of `use_orig_params=True`."""
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    config = Float8Config("rowwise", enable_fsdp_float8_all_gather=False)
+    fp8dist.convert_to_float8_training(layers, config=config)
+    x = torch.randn(8, WIDTH)
+    expected = layers(x)
+    sharded = FullyShardedDataParallel(
+        layers, use_orig_params=True, device_id=torch.device(mesh.device_type)
+    )
+    assert torch.equal(sharded(x), expected)

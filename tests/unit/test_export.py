@@ -234,6 +234,16 @@ def test_tensors_that_stay_torchao_s_are_named(tmp_path: Path) -> None:
     model = nn.ModuleDict({"large": nn.Linear(K, N), "odd": nn.Linear(K, 10)})
     torchao_convert(model, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
     fp8dist.convert_to_float8_training(model)
-    message = r"odd\.weight in the state dict is a WeightWithDynamicFloat8CastTensor"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"odd\.weight is a WeightWithDynamicFloat8CastTensor"):
+        fp8dist.export_float8(model, tmp_path)
+
+
+class WithExtraState(Model):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+
+def test_what_is_no_tensor_is_named(tmp_path: Path) -> None:
+    model = fp8dist.convert_to_float8_training(WithExtraState())
+    with pytest.raises(ValueError, match="_extra_state is a dict, which safetensors does not have"):
         fp8dist.export_float8(model, tmp_path)
