@@ -34,7 +34,8 @@ class Trainer:
 
     Raises:
         ValueError: on every rank: the ranks do not run the same, the configuration does not fit
-            them, the data cannot be used, or the checkpoint is of another run.
+            them, job.dump_folder is no folder, the data cannot be used, or the checkpoint is of
+            another run.
     """
 
     def __init__(self, job: JobConfig, device: torch.device):
@@ -45,6 +46,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         check_same(facts_of_job(job))
+        agree(self._make_folder)
         documents, tokenizer = agree(lambda: find_data(job))
         amount = (len(documents), sum(document.length for document in documents))
         same_everywhere(amount, "the training text (documents, bytes)")
@@ -84,6 +86,18 @@ class Trainer:
                 "not compiled: every float8 cast is a pass over memory of its own, and float8 "
                 "can be slower than bf16; add --compile.enable"
             )
+
+    def _make_folder(self) -> None:
+        """Where rank 0 leaves the record; that it cannot be is said now, not after training."""
+        if dist.get_rank() != 0:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"job.dump_folder: {self.folder} cannot be made a folder ({error.strerror}): "
+                "choose another"
+            ) from error
 
     def train(self) -> RunRecord:
         """Train to the last step, from the newest checkpoint if there is one.
