@@ -16,6 +16,18 @@ aten = torch.ops.aten
 # Ops that keep the data and its blocks as they are: what autograd, `nn.Parameter` and FSDP2 do
 # to a parameter that they only pass along.
 _SAME_DATA_OPS = {aten.detach.default, aten.alias.default}
+# Ops that look at no value: FSDP2 may call them when it has freed the data, for the gradient of a
+# weight that was not used.
+_SIZE_OPS = {
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.new_empty.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+}
 _SAME_SHAPE_OPS = {aten.as_strided.default, aten.view.default}
 
 
@@ -109,6 +121,13 @@ class Float8Tensor(torch.Tensor):
                 # Its views must not be inference tensors either.
                 with torch.inference_mode(False):
                     return cls.__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(source, cls) and func in _SIZE_OPS:
+            alike = torch.empty_strided(
+                source.size(), source.stride(), dtype=source.dtype, device="meta"
+            )
+            # None is what autograd gives for a device that was not asked for.
+            device = kwargs.get("device") or source.device
+            return func(alike, *args[1:], **{**kwargs, "device": device})
         if isinstance(source, cls):
             out = source._kept_in_float8(func, args, kwargs)
             if out is not None:

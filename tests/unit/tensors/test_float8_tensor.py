@@ -69,6 +69,36 @@ def test_scales_of_blocks_are_spread_over_them(block: tuple[int, int]) -> None:
     assert torch.equal(found, (data.double() / spread.double()).float())
 
 
+SIZE_OPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros_like": torch.zeros_like,
+    "ones_like": lambda w: torch.ones_like(w, dtype=torch.float64),
+    "full_like": lambda w: torch.full_like(w, 3.0),
+    "empty_like": lambda w: torch.empty_like(w).zero_(),
+    "new_zeros": lambda w: w.new_zeros(3, 5),
+    "new_ones": lambda w: w.new_ones((2,), dtype=torch.int32),
+    "new_full": lambda w: w.new_full((2, 2), 7.0),
+    "new_empty": lambda w: w.new_empty(0, 4),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("op", SIZE_OPS.values(), ids=SIZE_OPS)
+def test_what_looks_at_no_value_works_when_the_data_is_freed(
+    op: Callable[[torch.Tensor], torch.Tensor], inference: bool
+) -> None:
+    weight = float8_weight(torch.bfloat16)
+    weight._data.untyped_storage().resize_(0)
+    with torch.inference_mode(inference):
+        found, expected = op(weight), op(value(torch.bfloat16))
+    assert type(found) is torch.Tensor
+    assert (found.dtype, found.device, found.stride()) == (
+        expected.dtype,
+        expected.device,
+        expected.stride(),
+    )
+    assert torch.equal(found, expected)
+
+
 OPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "add": lambda w: w + 1,
     "multiply by itself": lambda w: w * w,
