@@ -1,6 +1,5 @@
 """`Float8Linear` and the autograd function of its three matmuls."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.float8_activation import ByRank, Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.gathering import in_order
-from fp8dist.tensors.placement import like
+from fp8dist.tensors.parameters import plain, wrap_weight
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
 from fp8dist.tensors.weight_state import WeightState, local_float8
@@ -355,42 +354,24 @@ class Float8Linear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_state is not None and not keep_vars:
+        # A parametrization, or pruning, has put its own in the weight's place.
+        if self.weight_state is not None and not keep_vars and "weight" in self._parameters:
             # From the parameter and not from what is saved, its detached copy: only tensors made
             # from the inner one move its version, see [Note: noticing edits].
             destination[prefix + "weight"] = plain(self.weight)
             self.weight_state.taken = True
 
+    def state_dict(
+        self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any
+    ) -> Any:
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
+        if self.weight_state is not None and not keep_vars and "weight" not in self._parameters:
+            for name, value in state.items():
+                if name.startswith(prefix) and isinstance(value, Float8ShardedWeight):
+                    state[name] = plain(value)
+        return state
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.weight_state is not None:
+        if self.weight_state is not None and "weight" in self._parameters:
             self._wrap_weight()  # load_state_dict(assign=True) has put in a plain tensor
-
-
-@torch.no_grad()
-def wrap_weight(
-    module: nn.Module, name: str, wrap: Callable[[torch.Tensor], Float8ShardedWeight]
-) -> None:
-    """Make a parameter a `Float8ShardedWeight`, also inside a DTensor, unless it is one."""
-    weight: Any = getattr(module, name)
-    if isinstance(weight, DTensor):
-        if isinstance(weight._local_tensor, Float8ShardedWeight):
-            return
-        wrapped: torch.Tensor = like(weight, wrap(weight._local_tensor.detach()))
-    elif isinstance(weight, Float8ShardedWeight):
-        return
-    else:
-        wrapped = wrap(weight.detach())
-    attributes = {} if isinstance(weight, DTensor) else weight.__dict__
-    parameter = nn.Parameter(wrapped, requires_grad=weight.requires_grad)
-    parameter.__dict__.update(attributes)
-    setattr(module, name, parameter)
-
-
-def plain(weight: torch.Tensor) -> torch.Tensor:
-    """The high-precision tensor without its subclass, sharing its storage and its versions."""
-    if isinstance(weight, DTensor) and isinstance(weight._local_tensor, Float8ShardedWeight):
-        detached: Any = weight.detach()
-        detached._local_tensor = weight._local_tensor._tensor.detach()
-        return detached
-    return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()

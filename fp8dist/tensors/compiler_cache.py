@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 @functools.cache
@@ -27,3 +29,29 @@ def hash_for_caching(tensor: torch.Tensor) -> str:
     facts = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]
     text = repr((hash_of_source(), type(tensor).__name__, names, meta, facts))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# [Note: DTensors in the compiler's cache]
+# A DTensor is known to that cache by its spec alone (torch 2.13), whatever its local tensor is:
+# code that was compiled for one that holds a plain tensor would be found for one that holds a
+# wrapper, take that for memory and write to address 0. So those that hold one of this package are
+# known by it, too.
+
+
+def tell_dtensors_apart(holds: Callable[[object], bool]) -> None:
+    """See [Note: DTensors in the compiler's cache]; once.
+
+    Args:
+        holds: whether a local tensor is one of this package's.
+    """
+    by_spec = getattr(DTensor, "_stable_hash_for_caching", None)
+    if by_spec is None:  # torch 2.11
+        return
+
+    @functools.wraps(by_spec)
+    def by_spec_and_local(self: DTensor) -> str:
+        known_by: str = by_spec(self)
+        local = self._local_tensor
+        return known_by + hash_for_caching(local) if holds(local) else known_by
+
+    setattr(DTensor, "_stable_hash_for_caching", by_spec_and_local)  # noqa: B010 - a method, to mypy

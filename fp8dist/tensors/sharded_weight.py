@@ -278,13 +278,14 @@ class Float8ShardedWeight(torch.Tensor):
         if not isinstance(state, WeightState):
             raise ValueError(
                 f"a {type(module).__name__} holds the weight of another module that was converted "
-                "to float8, which it cannot gather: tie weights before the conversion, which "
-                "leaves them alone"
+                "to float8, which it cannot gather: tie or parametrize weights before the "
+                "conversion, which leaves them alone"
             )
         if not isinstance(param, DTensor) or not is_sharded(param):
             raise ValueError(
-                f"{state.fqn}: its weight was replaced by another parameter after fully_shard, "
-                "which gathers the one that was there: edit that in place, or load a state dict"
+                f"{state.fqn}: its weight was replaced, by another parameter after fully_shard or "
+                "by pruning, and the one that was there is gathered: edit that in place or load a "
+                "state dict, and prune before the conversion, which leaves the layer alone"
             )
         if state.seen is None:
             prepare_groups(state.root())

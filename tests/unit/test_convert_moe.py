@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 import fp8dist
 from fp8dist import Float8Config
@@ -36,6 +37,19 @@ def test_three_dimensional_weights_of_what_fqns_name() -> None:
     assert model.experts.w1.note == "kept"
     assert [p.requires_grad for p in model.experts.parameters()] == [True, False, True]
     assert type(model.experts) is StackedExperts
+
+
+def test_a_weight_that_pruning_stands_in_for() -> None:
+    """Its module has no parameter of that name, and neither has the state dict."""
+    models = [new_model(), fp8dist.convert_moe_to_float8_training(new_model())]
+    for model in models:
+        prune.l1_unstructured(model.experts, "w1", 0.5)
+    before, saved = (model.state_dict() for model in models)
+    assert saved.keys() == before.keys()
+    assert not any(isinstance(value, Float8ShardedExperts) for value in saved.values())
+    for model in models:
+        model.load_state_dict(saved)
+    assert "w1" not in models[1].experts._parameters
 
 
 def test_biases_stay_in_high_precision() -> None:

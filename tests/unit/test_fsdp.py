@@ -325,3 +325,18 @@ def dcp_load(state: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load({"model": state}, checkpoint_id=folder, no_dist=True)
+
+
+def test_assigning_where_parameters_are_swapped(mesh: DeviceMesh) -> None:
+    """FSDP2 expects then that a load leaves the parameters the same objects."""
+    model, other = sharded(mesh), sharded(mesh, seed=1)
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    parameters = list(model.parameters())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(other.state_dict(), assign=True)
+        assert torch.equal(model(INPUT), other(INPUT))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    model.reshard()
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))

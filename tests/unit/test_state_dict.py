@@ -1,11 +1,13 @@
 """State dicts of converted models: those of unconverted ones, in both directions."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fp8dist
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
@@ -128,3 +130,29 @@ def test_missing_and_unexpected_keys_are_reported() -> None:
     result = module.load_state_dict(state, strict=False)
     assert result.missing_keys == ["output.weight"]
     assert result.unexpected_keys == ["surplus"]
+
+
+class Half(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
+STAND_INS: dict[str, Callable[[nn.Module], object]] = {
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Half()),
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("way", STAND_INS)
+def test_a_weight_that_something_stands_in_for(way: str) -> None:
+    """Its layer has no parameter of that name, and neither has the state dict."""
+    layers = [nn.Linear(WIDTH, WIDTH), fp8dist.convert_to_float8_training(nn.Linear(WIDTH, WIDTH))]
+    for layer in layers:
+        STAND_INS[way](layer)
+    before, saved = (layer.state_dict() for layer in layers)
+    assert saved.keys() == before.keys()
+    assert not any(isinstance(value, Float8ShardedWeight) for value in saved.values())
+    for layer in layers:
+        layer.load_state_dict(saved)

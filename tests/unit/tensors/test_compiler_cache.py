@@ -1,9 +1,12 @@
 """The compiler's cache must not find what another version of this package compiled."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import fp8dist
 from fp8dist.tensors import compiler_cache
@@ -42,3 +45,20 @@ def test_the_source_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         hash_of_source.cache_clear()
         assert (hash_for_caching(weight(4, 8)) == before) is not changed
     hash_of_source.cache_clear()
+
+
+@pytest.mark.skipif(
+    not hasattr(DTensor, "_stable_hash_for_caching"), reason="torch 2.11 hashes no DTensor"
+)
+@pytest.mark.parametrize("wrap", [Float8ShardedWeight, None])
+def test_a_dtensor_is_known_by_what_it_holds(
+    mesh: DeviceMesh, wrap: Callable[[torch.Tensor], torch.Tensor] | None
+) -> None:
+    """Code that was compiled for plain shards would write to a wrapper's address, which is 0."""
+    plain = torch.zeros(4, 8)
+    of_plain, other = (
+        DTensor.from_local(local, mesh, (Shard(0),), run_check=False)
+        for local in (plain, plain.clone() if wrap is None else wrap(plain))
+    )
+    same = of_plain._stable_hash_for_caching() == other._stable_hash_for_caching()
+    assert same is (wrap is None)

@@ -1,5 +1,6 @@
 """`Float8ShardedWeight` under FSDP2: its hooks, and what autograd and one rank make of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrizations, prune
 
 import fp8dist
 from fp8dist import Float8Config
@@ -39,7 +41,25 @@ def test_a_weight_that_was_replaced_is_refused(
     model[0].weight = nn.Parameter(weight if kind == "a DTensor" else weight.full_tensor())
     if precomputed:
         fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
-    with pytest.raises(ValueError, match="^0: its weight was replaced .* load a state dict$"):
+    with pytest.raises(ValueError, match="^0: its weight was replaced, .* load a state dict, "):
+        model(INPUT)
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "message"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "^0: .* prune before the conv"),
+        (parametrizations.weight_norm, "tie or parametrize weights before the conversion"),
+    ],
+    ids=["pruned", "weight_norm"],
+)
+def test_a_weight_that_something_stands_in_for_is_refused(
+    mesh: DeviceMesh, stand_in: Callable[[nn.Module], object], message: str
+) -> None:
+    model = converted()
+    stand_in(model[0])
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=message):
         model(INPUT)
 
 
@@ -195,7 +215,9 @@ def test_a_weight_in_another_module_is_refused(mesh: DeviceMesh) -> None:
     layer.weight = nn.Parameter(Float8ShardedWeight(layer.weight.detach()))
     fully_shard(layer, mesh=mesh)
     layer.weight_state = None
-    with pytest.raises(ValueError, match="FSDPLinear holds the weight.*tie weights before"):
+    with pytest.raises(
+        ValueError, match="FSDPLinear holds the weight.*tie or parametrize"
+    ):
         layer(torch.randn(2, K))
 
 
