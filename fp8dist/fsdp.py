@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from fp8dist.shard import Shard
+from fp8dist.tensors.edits import is_sharded
+from fp8dist.tensors.groups import prepare_groups
 from fp8dist.tensors.placement import join
-from fp8dist.tensors.sharded_weight import is_sharded, prepare_groups, weights_of
+from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.tensors.weight_state import WeightState, cast_payloads, update_scales
 
 Weight = tuple[WeightState, DTensor]

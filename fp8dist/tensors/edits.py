@@ -29,6 +29,11 @@ from torch.distributed.tensor import DTensor
 # parameter's.
 
 
+def is_sharded(param: torch.Tensor | None) -> bool:
+    """Whether this is a parameter that FSDP2 or tensor parallelism has sharded, to be float8."""
+    return isinstance(param, DTensor) and hasattr(param._local_tensor, "_edits")
+
+
 def local_shard(param: DTensor) -> Any:
     """This rank's `Float8ShardedWeight` of a parameter."""
     return param._local_tensor

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 import fp8dist
 from fp8dist.config import RECIPES
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded
+from fp8dist.tensors.edits import is_sharded
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 
 
 def converted(recipe: str) -> nn.Sequential:

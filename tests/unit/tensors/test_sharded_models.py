@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fp8dist
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded
+from fp8dist.tensors.edits import is_sharded
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from tests.unit.tensors.sharded_layer import INPUT, K, N, converted
 
 

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrizations, prune
 import fp8dist
 from fp8dist import Float8Config
 from fp8dist.config import RECIPES
-from fp8dist.tensors import sharded_weight
+from fp8dist.tensors.edits import is_sharded
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from fp8dist.tensors.sharded_weight import Float8ShardedWeight, is_sharded
+from fp8dist.tensors.groups import prepare_groups
+from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from tests.unit.tensors.sharded_layer import INPUT, K, N, converted, hp_weight
 
 
@@ -215,9 +216,7 @@ def test_a_weight_in_another_module_is_refused(mesh: DeviceMesh) -> None:
     layer.weight = nn.Parameter(Float8ShardedWeight(layer.weight.detach()))
     fully_shard(layer, mesh=mesh)
     layer.weight_state = None
-    with pytest.raises(
-        ValueError, match="FSDPLinear holds the weight.*tie or parametrize"
-    ):
+    with pytest.raises(ValueError, match="FSDPLinear holds the weight.*tie or parametrize"):
         layer(torch.randn(2, K))
 
 
@@ -225,7 +224,7 @@ def test_reshard_to_a_part_of_the_mesh_is_looked_for_once_per_root(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = converted(mesh)
-    sharded_weight.prepare_groups(model)
+    prepare_groups(model)
     monkeypatch.setattr(nn.Module, "named_modules", lambda *_: pytest.fail("looked again"))
-    sharded_weight.prepare_groups(model)
-    sharded_weight.prepare_groups(None)
+    prepare_groups(model)
+    prepare_groups(None)
