@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 #     of the inner tensor only. It writes nothing where a shard has no elements: such a weight
 #     counts as edited wherever a state dict was taken since, and an edit of one that was taken
 #     before is refused: a rank that does not notice it would be waited for.
-#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
+#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only, and
+#     that of other views none that is looked at: see [Note: views in compiled code] in
+#     `sharded_weight`.
 # An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
 # scales were computed. Not seen are edits of a state dict's tensors that move no version: by
 # foreach functions, through `.data`, numpy or a collective.
@@ -87,6 +89,7 @@ class Seen:
     def now(cls, param: DTensor) -> "Seen":
         shard = local_shard(param)
         inner, edits = shard._tensor, shard._edits
+        shard._is_own = True
         return cls(
             param,
             param._version,

@@ -130,3 +130,43 @@ def test_another_parameter_outdates(mesh: DeviceMesh) -> None:
     seen, _ = seen_by(mesh)
     _, other = seen_by(mesh)
     assert not seen.still_holds(other)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", dynamic=False)
+
+
+COMPILED_WAYS: dict[str, Callable[[nn.Module], torch.Tensor]] = {
+    "parameter": lambda layer: layer.weight,
+    "detach": lambda layer: layer.weight.detach(),
+    "to_local": lambda layer: layer.weight.to_local(),
+    "_local_tensor": lambda layer: layer.weight._local_tensor,
+    # These have versions of their own.
+    ".data": lambda layer: layer.weight.data,
+    ".data.t": lambda layer: layer.weight.data.t(),
+    ".data.to_local": lambda layer: layer.weight.data.to_local(),
+    "to_local.data": lambda layer: layer.weight.to_local().data,
+    "to_local.data slice": lambda layer: layer.weight.to_local().data[2:4],
+    "detach.to_local": lambda layer: layer.weight.detach().to_local(),
+    "Parameter(.data)": lambda layer: nn.Parameter(layer.weight.data),
+}
+
+
+@pytest.mark.parametrize("way", COMPILED_WAYS)
+def test_a_compiled_edit_outdates_the_scales(mesh: DeviceMesh, way: str) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    with torch.no_grad():
+        compiled(torch.Tensor.mul_)(COMPILED_WAYS[way](layer), 2.0)
+    assert not torch.equal(shard_of(layer), hp_weight())
+    assert not layer.weight_state.seen.still_holds(layer.weight)
+
+
+@pytest.mark.parametrize("way", ["parameter", "to_local", "_local_tensor"])
+def test_a_compiled_look_at_a_parameter_outdates_nothing(mesh: DeviceMesh, way: str) -> None:
+    layer = sharded(mesh)
+    fp8dist.precompute_float8_dynamic_scale_for_fsdp(layer)
+    with torch.no_grad():
+        compiled(torch.Tensor.sum)(COMPILED_WAYS[way](layer))
+    assert layer.weight_state.seen.still_holds(layer.weight)

@@ -16,7 +16,6 @@ from fp8dist import Float8Config
 from fp8dist.config import RECIPES
 from fp8dist.tensors.edits import is_sharded
 from fp8dist.tensors.float8_tensor import Float8Tensor
-from fp8dist.tensors.groups import prepare_groups
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from tests.unit.tensors.sharded_layer import INPUT, K, N, converted, hp_weight
 
@@ -218,13 +217,3 @@ def test_a_weight_in_another_module_is_refused(mesh: DeviceMesh) -> None:
     layer.weight_state = None
     with pytest.raises(ValueError, match="FSDPLinear holds the weight.*tie or parametrize"):
         layer(torch.randn(2, K))
-
-
-def test_reshard_to_a_part_of_the_mesh_is_looked_for_once_per_root(
-    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = converted(mesh)
-    prepare_groups(model)
-    monkeypatch.setattr(nn.Module, "named_modules", lambda *_: pytest.fail("looked again"))
-    prepare_groups(model)
-    prepare_groups(None)
