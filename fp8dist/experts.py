@@ -188,13 +188,13 @@ class Float8ShardedExperts(Float8ShardedWeight):
         return Float8Experts(data, own_scales, size, dtype, self.config)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_lent"], (self.config, self.parameter_name)
+        return ["_tensor"], (self.config, self.parameter_name)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> "Float8ShardedExperts":
-        return Float8ShardedExperts(inner["_lent"], *meta)
+        return Float8ShardedExperts(inner["_tensor"], *meta)
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8ShardedExperts({self._tensor!r})"

@@ -82,9 +82,9 @@ def precompute_float8_dynamic_scale_for_fsdp(
 
     Between a forward and its backward the weights must not be edited, as without float8.
     Edits of a state dict's tensors by foreach functions, through `.data` or numpy, or by a
-    collective are not noticed by the next all-gather: call this after them. Also after compiled
-    code was given views of the weights (`.data`, `detach()`), which counts as an edit whether or
-    not it wrote to them. Call it too after a
+    collective are not noticed by the next all-gather, nor those by compiled functions that are
+    given `weight.data` or `weight.detach().to_local()`, and not the parameter: call this after
+    them. Call it too after a
     load in place into a state dict that was there at the last call or gather, where a rank has no
     rows of a weight; there, ranks must also take state dicts together.
 

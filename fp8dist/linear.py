@@ -366,8 +366,8 @@ class Float8Linear(nn.Linear):
     ) -> Any:
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
         if self.weight_state is not None and not keep_vars and "weight" not in self._parameters:
-            for name, value in state.items():
-                if name.startswith(prefix) and isinstance(value, Float8ShardedWeight):
+            for name, value in state.items():  # of the modules before, it is plain already
+                if isinstance(value, Float8ShardedWeight):
                     state[name] = plain(value)
         return state
 

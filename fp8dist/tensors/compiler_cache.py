@@ -39,7 +39,7 @@ def hash_for_caching(tensor: torch.Tensor) -> str:
 
 
 def tell_dtensors_apart(holds: Callable[[object], bool]) -> None:
-    """See [Note: DTensors in the compiler's cache]; once.
+    """See [Note: DTensors in the compiler's cache].
 
     Args:
         holds: whether a local tensor is one of this package's.

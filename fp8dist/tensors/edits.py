@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 #     of the inner tensor only. It writes nothing where a shard has no elements: such a weight
 #     counts as edited wherever a state dict was taken since, and an edit of one that was taken
 #     before is refused: a rank that does not notice it would be waited for.
-#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only, and
-#     that of other views none that is looked at: see [Note: views in compiled code] in
-#     `sharded_weight`.
+#   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
+#     (Of `.data` and `detach().to_local()`, which have versions of their own, it moves those, and
+#     that is not seen. That it takes the plain tensor out of such a view could be seen, but so does
+#     one that only reads it; and FSDP2 makes the local tensors of short ranks such views, too.)
 # An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
 # scales were computed. Not seen are edits of a state dict's tensors that move no version: by
 # foreach functions, through `.data`, numpy or a collective.
@@ -89,7 +90,6 @@ class Seen:
     def now(cls, param: DTensor) -> "Seen":
         shard = local_shard(param)
         inner, edits = shard._tensor, shard._edits
-        shard._is_own = True
         return cls(
             param,
             param._version,

@@ -56,8 +56,6 @@ class Float8ShardedWeight(torch.Tensor):
 
     _tensor: torch.Tensor
     _edits: Edits
-    # Not a view that was made of one; see [Note: views in compiled code].
-    _is_own: bool = True
     # See [Note: offloaded shards] in `weight_state`.
     _stays_on_host: bool = False
     _wanted_on: torch.device | None = None
@@ -100,7 +98,7 @@ class Float8ShardedWeight(torch.Tensor):
         with torch.inference_mode(False) if func in _MOVE_OPS else nullcontext():
             out = func(*inner_args, **inner_kwargs)
         if is_view(func):
-            views = _wrap_all(out, args[0]._view)
+            views = _wrap_all(out, lambda tensor: args[0]._like(tensor, args[0]._edits))
             if func is aten.detach.default:
                 views._stays_frozen = args[0]._moved_frozen
             return views
@@ -121,11 +119,6 @@ class Float8ShardedWeight(torch.Tensor):
     def _like(self, tensor: torch.Tensor, edits: Edits | None = None) -> "Float8ShardedWeight":
         """Another tensor in the place of this one's."""
         return Float8ShardedWeight(tensor, edits)
-
-    def _view(self, tensor: torch.Tensor) -> "Float8ShardedWeight":
-        view = self._like(tensor, self._edits)
-        view._is_own = False
-        return view
 
     def _of_module(self, module: nn.Module) -> tuple[WeightState | None, Any]:
         """What the module that FSDP2 gathers this for keeps about it, and its parameter."""
@@ -180,28 +173,14 @@ class Float8ShardedWeight(torch.Tensor):
     __deepcopy__ = addresses.without_address(torch.Tensor.__deepcopy__)
     __reduce_ex__ = addresses.without_address(torch.Tensor.__reduce_ex__)
 
-    # [Note: views in compiled code]
-    # Compiled code takes the plain tensor out of what it is given, and writes to that. All that it
-    # tells is the version of what it was given, which it moves. A parameter's is looked at, and its
-    # local tensor's, but views may have versions of their own (`.data`, `detach().to_local()`). So
-    # a view whose plain tensor compiled code has taken counts as edited, though the code may only
-    # have read it. FSDP2's local tensors are views as well; that one is a parameter's own is known
-    # once its scales are computed.
-
-    @property
-    def _lent(self) -> torch.Tensor:
-        if not self._is_own and not isinstance(self, nn.Parameter):
-            self._edits.count += 1
-        return self._tensor
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_lent"], None
+        return ["_tensor"], None
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, torch.Tensor], meta: Any, outer_size: Any, outer_stride: Any
     ) -> "Float8ShardedWeight":
-        return Float8ShardedWeight(inner["_lent"])
+        return Float8ShardedWeight(inner["_tensor"])
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes tensor_contents
         return f"Float8ShardedWeight({self._tensor!r})"

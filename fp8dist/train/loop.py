@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -93,10 +94,11 @@ class Trainer:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise ValueError(
-                f"job.dump_folder: {self.folder} cannot be made a folder ({error.strerror}): "
-                "choose another"
+                f"job.dump_folder: {self.folder} cannot be written to ({error.strerror}): choose "
+                "another"
             ) from error
 
     def train(self) -> RunRecord:

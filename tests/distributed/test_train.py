@@ -244,7 +244,7 @@ def test_data_that_one_rank_lacks_is_refused_on_all(tmp_path: Path, text: Path) 
 def test_folder_that_is_none_is_refused_before_training(tmp_path: Path, text: Path) -> None:
     (tmp_path / "file").write_text("")
     argv = arguments(tmp_path / "file" / "run", text, "--training.dataset_path=missing")
-    expected = f"rank 0: job.dump_folder: {tmp_path / 'file' / 'run'} cannot be made a folder "
+    expected = f"rank 0: job.dump_folder: {tmp_path / 'file' / 'run'} cannot be written to "
     for found in run_on_ranks(2, refusal, argv):
         assert found.startswith(expected)
 

@@ -336,9 +336,9 @@ def test_it_looks_like_the_tensor_inside() -> None:
 def test_flatten_and_unflatten() -> None:
     weight = Float8ShardedWeight(hp_weight())
     names, meta = weight.__tensor_flatten__()
-    assert names == ["_lent"]
+    assert names == ["_tensor"]
     assert hash(meta) == hash(weight.__tensor_flatten__()[1]), "compiled code is keyed by it"
     again = Float8ShardedWeight.__tensor_unflatten__(
-        {"_lent": weight._tensor}, meta, weight.shape, weight.stride()
+        {"_tensor": weight._tensor}, meta, weight.shape, weight.stride()
     )
     assert again._tensor is weight._tensor
