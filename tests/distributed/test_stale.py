@@ -303,3 +303,36 @@ def microbatches_and_evaluation() -> list[int]:
 
 def test_what_edits_nothing_costs_nothing() -> None:
     assert run_on_ranks(3, microbatches_and_evaluation) == [[0, 0, 0]] * 3
+
+
+def compiled_looks_where_shards_have_moved() -> list[list[str]]:
+    """Reductions of forwards after compiled code has read the parameters, where FSDP2 has moved the
+    shards of short ranks, to buffers, since their scales were computed.
+    """
+
+    @torch.compile(backend="aot_eager", dynamic=False)
+    def norms(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [weight.square().sum() for weight in weights]
+
+    torch._dynamo.reset()
+    reduced = []
+    model = float8_model(mesh_of(dist.get_world_size()), layers=1)
+    for number in range(2):
+        fp8dist.precompute_float8_dynamic_scale_for_fsdp(model)
+        if number == 0:
+            model._get_fsdp_state()._lazy_init()
+        else:  # FSDP2 looks at every shard again
+            kept = {name: value for name, value in model.state_dict().items() if "norm" in name}
+            model.load_state_dict(kept, strict=False)
+        with torch.no_grad():
+            norms([layer.weight for layer in (model.layers[0].wq, model.layers[0].w2)])
+            with collectives() as issued:
+                loss_of(model, local_batch(number))
+        model.reshard()
+        reduced.append([c.name for c in issued if c.reduction == "MAX"])
+    return reduced
+
+
+def test_a_compiled_look_at_the_weights_edits_nothing_on_short_ranks() -> None:
+    """Where a rank alone took it for an edit, it would wait for the others in an all-reduce."""
+    assert run_on_ranks(3, compiled_looks_where_shards_have_moved) == [[[], []]] * 3
