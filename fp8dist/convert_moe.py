@@ -20,7 +20,7 @@ from fp8dist.convert import (
     summary,
 )
 from fp8dist.experts import Float8ShardedExperts
-from fp8dist.tensors.parameters import plain, wrap_weight
+from fp8dist.tensors.parameters import make_plain, plain, wrap_weight
 from fp8dist.tensors.weight_state import WeightState
 
 logger = logging.getLogger("fp8dist")
@@ -193,7 +193,4 @@ def _save_plain(module: Any, state_dict: dict[str, Any], prefix: str, local_meta
         if saved is not None and not isinstance(saved, nn.Parameter):  # not keep_vars
             state_dict[prefix + name] = plain(getattr(module, name))
             state.taken = True
-    for name, saved in state_dict.items():  # of what stands in for one of them
-        ours = isinstance(saved, Float8ShardedExperts) and not isinstance(saved, nn.Parameter)
-        if ours and name.startswith(prefix):
-            state_dict[name] = plain(saved)
+    make_plain(state_dict)

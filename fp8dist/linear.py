@@ -16,7 +16,7 @@ from fp8dist.numerics import Scaled, wanted
 from fp8dist.tensors.float8_activation import ByRank, Float8Activation
 from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.gathering import in_order
-from fp8dist.tensors.parameters import plain, wrap_weight
+from fp8dist.tensors.parameters import make_plain, plain, wrap_weight
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
 from fp8dist.tensors.weight_part import CastPart, StandIn, high_precision
 from fp8dist.tensors.weight_state import WeightState, local_float8
@@ -366,9 +366,7 @@ class Float8Linear(nn.Linear):
     ) -> Any:
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **kwargs)
         if self.weight_state is not None and not keep_vars and "weight" not in self._parameters:
-            for name, value in state.items():  # of the modules before, it is plain already
-                if isinstance(value, Float8ShardedWeight):
-                    state[name] = plain(value)
+            make_plain(state)
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

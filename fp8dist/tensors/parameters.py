@@ -46,3 +46,12 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
         detached._local_tensor = weight._local_tensor._tensor.detach()
         return detached
     return (weight._tensor if isinstance(weight, Float8ShardedWeight) else weight).detach()
+
+
+def make_plain(state_dict: dict[str, Any]) -> None:
+    """Take weights out of their wrapper that a parametrization, or pruning, has under a name of its
+    own, and saves itself.
+    """
+    for name, value in state_dict.items():
+        if isinstance(value, Float8ShardedWeight) and not isinstance(value, nn.Parameter):
+            state_dict[name] = plain(value)
