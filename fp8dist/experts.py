@@ -118,7 +118,7 @@ class Float8Experts(Float8Tensor):
             self.transposed is not transpose,
         )
 
-    def _kept_in_float8(
+    def _without_values(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
         if func is aten._to_copy.default and kwargs.keys() == {"dtype"}:
@@ -132,7 +132,7 @@ class Float8Experts(Float8Tensor):
             return self._replace(data=self._data.clone())
         if func is aten.as_strided.default and tuple(args[2]) != self.stride():
             return None
-        return super()._kept_in_float8(func, args, kwargs)
+        return super()._without_values(func, args, kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names, (dtype,) = super().__tensor_flatten__()

@@ -81,12 +81,11 @@ def precompute_float8_dynamic_scale_for_fsdp(
     whatever pipeline stage they have.
 
     Between a forward and its backward the weights must not be edited, as without float8.
-    Edits of a state dict's tensors by foreach functions, through `.data` or numpy, or by a
-    collective are not noticed by the next all-gather, nor those by compiled functions that are
-    given `weight.data` or `weight.detach().to_local()`, and not the parameter: call this after
-    them. Call it too after a
-    load in place into a state dict that was there at the last call or gather, where a rank has no
-    rows of a weight; there, ranks must also take state dicts together.
+    Not noticed by the next all-gather are edits of a state dict's tensors by foreach functions,
+    through `.data` or numpy, or by a collective, and those by a compiled function that is given
+    `weight.data` or `weight.detach().to_local()` instead of the parameter: call this after them.
+    Call it too after a load in place into a state dict that was there at the last call or gather,
+    where a rank has no rows of a weight; there, ranks must also take state dicts together.
 
     All ranks are assumed to make the same edits to their shards, as FSDP2 assumes throughout.
 

@@ -17,6 +17,7 @@ import fp8dist
 from fp8dist import kernels
 from fp8dist.plan.observe import Collective, Observer
 from fp8dist.plan.operands import Operands
+from fp8dist.tensors.groups import groups_of
 from fp8dist.tensors.one_rank import InPlaceReduceScatter
 from fp8dist.tensors.sharded_weight import weights_of
 from fp8dist.train import parallelize
@@ -192,7 +193,7 @@ def _unreduced(model: nn.Module) -> Iterator[torch.Tensor]:
 
 def _in_place(model: Llama, dtype: torch.dtype) -> bool:
     """Whether gradients stay in place: see [Note: gradients of one rank] in `one_rank`."""
-    group = model._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]  # FSDP2's, to mypy
+    (group,) = groups_of(model)
     comm = group._reduce_scatter_comm
     return isinstance(comm, InPlaceReduceScatter) and not comm.copies(dtype)
 

@@ -54,4 +54,4 @@ def tell_dtensors_apart(holds: Callable[[object], bool]) -> None:
         local = self._local_tensor
         return known_by + hash_for_caching(local) if holds(local) else known_by
 
-    setattr(DTensor, "_stable_hash_for_caching", by_spec_and_local)  # noqa: B010 - a method, to mypy
+    setattr(DTensor, "_stable_hash_for_caching", by_spec_and_local)  # noqa: B010 - mypy: a method

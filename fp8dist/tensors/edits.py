@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 #     counts as edited wherever a state dict was taken since, and an edit of one that was taken
 #     before is refused: a rank that does not notice it would be waited for.
 #   - a compiled function that edits `to_local()` moves the `_version` of the local tensor only.
-#     (Of `.data` and `detach().to_local()`, which have versions of their own, it moves those, and
-#     that is not seen. That it takes the plain tensor out of such a view could be seen, but so does
-#     one that only reads it; and FSDP2 makes the local tensors of short ranks such views, too.)
 # An all-gather, or without FSDP2 a forward, compares all of them with what `Seen` recorded when the
 # scales were computed. Not seen are edits of a state dict's tensors that move no version: by
-# foreach functions, through `.data`, numpy or a collective.
+# foreach functions, through `.data`, numpy or a collective. And those of a compiled function that
+# is given `.data` or `detach().to_local()`, of which it moves the versions, which are their own.
+# (That it takes the plain tensor out of such a view could be seen; but so does one that only reads
+# it, and FSDP2 makes the local tensors of short ranks, and of those only, such views, too.)
 #
 # Whether to communicate must not depend on the rank. FSDP2's lazy initialisation moves the shard
 # to a padded buffer on the ranks whose shard is short, and on those only. Such a buffer's `Edits`

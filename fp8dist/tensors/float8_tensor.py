@@ -121,15 +121,8 @@ class Float8Tensor(torch.Tensor):
                 # Its views must not be inference tensors either.
                 with torch.inference_mode(False):
                     return cls.__torch_dispatch__(func, types, args, kwargs)
-        if isinstance(source, cls) and func in _SIZE_OPS:
-            alike = torch.empty_strided(
-                source.size(), source.stride(), dtype=source.dtype, device="meta"
-            )
-            # None is what autograd gives for a device that was not asked for.
-            device = kwargs.get("device") or source.device
-            return func(alike, *args[1:], **{**kwargs, "device": device})
         if isinstance(source, cls):
-            out = source._kept_in_float8(func, args, kwargs)
+            out = source._without_values(func, args, kwargs)
             if out is not None:
                 return out
         if func._schema.is_mutable:
@@ -142,7 +135,7 @@ class Float8Tensor(torch.Tensor):
         args, kwargs = pytree.tree_map_only(cls, cls.dequantize, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _kept_in_float8(
+    def _without_values(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
         """What an op of this gives without a look at the values; None: they are to be looked at."""
@@ -150,6 +143,12 @@ class Float8Tensor(torch.Tensor):
             return self._with_data(func(self._data))
         if func in _SAME_SHAPE_OPS and tuple(args[1]) == tuple(self.shape):
             return self._with_data(self._data.detach())
+        if func in _SIZE_OPS:
+            alike = torch.empty_strided(self.size(), self.stride(), dtype=self.dtype, device="meta")
+            # None is what autograd gives for a device that was not asked for.
+            device = kwargs.get("device") or self.device
+            like: torch.Tensor = func(alike, *args[1:], **{**kwargs, "device": device})
+            return like
         return None
 
     # What torch offers for this has no types.

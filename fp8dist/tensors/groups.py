@@ -12,7 +12,7 @@ from fp8dist.tensors.one_rank import keep_gradients_in_place
 _prepared_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _groups_of(module: nn.Module) -> list[Any]:
+def groups_of(module: nn.Module) -> list[Any]:
     """FSDP2's groups of the parameters of a module that `fully_shard` was called for.
 
     One, or none; with torch newer than 2.11 several where `shard_placement_fn` gives some of the
@@ -40,7 +40,7 @@ def prepare_groups(root: nn.Module | None) -> None:
         return
     groups, has_float8 = [], False
     for fqn, module in root.named_modules():
-        for group in _groups_of(module):
+        for group in groups_of(module):
             groups.append(group)
             if not any(is_sharded(p.sharded_param) for p in group.fsdp_params):
                 continue

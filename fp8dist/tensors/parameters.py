@@ -7,12 +7,8 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from fp8dist.tensors.compiler_cache import tell_dtensors_apart
-from fp8dist.tensors.float8_tensor import Float8Tensor
 from fp8dist.tensors.placement import like
 from fp8dist.tensors.sharded_weight import Float8ShardedWeight
-
-tell_dtensors_apart(lambda local: isinstance(local, Float8ShardedWeight | Float8Tensor))
 
 
 @torch.no_grad()

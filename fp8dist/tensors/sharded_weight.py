@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fp8dist.tensors import addresses
+from fp8dist.tensors.compiler_cache import tell_dtensors_apart
 from fp8dist.tensors.edits import Edits, is_sharded, local_shard
 from fp8dist.tensors.float8_tensor import (
     Float8Tensor,
@@ -297,6 +298,8 @@ class Float8ShardedWeight(torch.Tensor):
     ) -> Float8Tensor:
         return gathered_weight(payload, scales, size, dtype)
 
+
+tell_dtensors_apart(lambda local: isinstance(local, Float8ShardedWeight | Float8Tensor))
 
 _OF_METHOD = inspect.signature(Float8ShardedWeight._before_all_gather)
 _SIGNATURE = _OF_METHOD.replace(parameters=[*_OF_METHOD.parameters.values()][1:])  # without self

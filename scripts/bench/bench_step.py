@@ -60,8 +60,9 @@ from offload import Offload
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fp8dist.tensors.groups import groups_of
 from fp8dist.tensors.one_rank import keep_gradients_in_place
 
 DEFAULT_VARIANTS = (
@@ -208,9 +209,7 @@ class Training:
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
         if args.in_place:
             for module in self.model.modules():
-                if isinstance(module, FSDPModule) and (
-                    group := module._get_fsdp_state()._fsdp_param_group
-                ):
+                for group in groups_of(module):
                     keep_gradients_in_place(group)
         self.model.to_empty(device=DEVICE)
         with torch.no_grad():

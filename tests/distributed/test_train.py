@@ -241,12 +241,14 @@ def test_data_that_one_rank_lacks_is_refused_on_all(tmp_path: Path, text: Path) 
     assert "the training text (documents, bytes) differs between ranks" in messages[0]
 
 
-def test_folder_that_is_none_is_refused_before_training(tmp_path: Path, text: Path) -> None:
-    (tmp_path / "file").write_text("")
-    argv = arguments(tmp_path / "file" / "run", text, "--training.dataset_path=missing")
-    expected = f"rank 0: job.dump_folder: {tmp_path / 'file' / 'run'} cannot be written to "
+@pytest.mark.parametrize("folder", [__file__, f"{__file__}/run", "/proc"])
+def test_folder_that_cannot_be_written_to_is_refused_before_training(
+    folder: str, text: Path
+) -> None:
+    """A file, what would be below it, and a folder in which there can be no new file."""
+    argv = arguments(Path(folder), text, "--training.dataset_path=missing")
     for found in run_on_ranks(2, refusal, argv):
-        assert found.startswith(expected)
+        assert found.startswith(f"rank 0: job.dump_folder: {folder} cannot be written to ")
 
 
 @pytest.mark.parametrize(
