@@ -7,11 +7,15 @@ test_parameter_groups.py.
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.tensor import Shard
 
 from fp8dist.tensors import groups
-from fp8dist.tensors.groups import prepare_groups
+from fp8dist.tensors.groups import groups_of, prepare_groups
 from tests.unit.tensors.sharded_layer import converted
 
 
@@ -42,3 +46,26 @@ def test_without_float8_weights_nothing_is_kept(
     prepare_groups(sharded)
     assert sharded in groups._prepared_roots
     assert prepared
+
+
+@pytest.mark.skipif(
+    not hasattr(_fsdp_common, "ShardPlacementResult"),
+    reason="torch 2.11 has one group for a module",
+)
+def test_every_group_of_a_module_is_seen_to(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[Any] = []
+    monkeypatch.setattr(groups, "keep_gradients_in_place", prepared.append)
+    model = converted()
+    another = DeviceMesh.from_group(dist.new_group([0]), mesh.device_type)
+    info = _fsdp_common.FSDPMeshInfo(another, shard_mesh_dim=0)
+
+    def place(param: nn.Parameter) -> Any:
+        apart = param is model[0].weight
+        return _fsdp_common.ShardPlacementResult(Shard(0), info) if apart else None
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    prepare_groups(model)
+    assert prepared == groups_of(model)
+    assert len(prepared) == 2
